@@ -33,8 +33,9 @@ export: $(TOOLS)  ## write dino_edu/ from nbs/, and clean the notebooks' metadat
 
 readme: $(TOOLS)  ## write README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --output-dir build --output README nbs/index.ipynb \
-	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=hide
-	sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9a-z_]+\.ipynb)#](nbs/\1#g' build/README.md > README.md
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=hide \
+	  --TagRemovePreprocessor.remove_input_tags=hide-input
+	sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9a-z_]+\.ipynb|images/)#](nbs/\1#g' build/README.md > README.md
 
 # Papermill writes to build/, so that a run which fails leaves the notebook as it was. It gives every cell a list of tags: the empty ones go.
 full: $(TOOLS)  ## run notebooks in the full profile and keep their outputs: make full NB=06
