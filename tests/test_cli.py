@@ -1,0 +1,108 @@
+"""The command as the shell sees it: exit status, output, help, bad input."""
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from dino_edu.cli import Attention, Demo, Score, Training, before_and_after, find_encoder, main, plan
+
+TRAIN = ["train", "shapes", "--data", "shapes:100", "--steps", "2", "--evaluations", "1", "--batch", "16"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    main([*TRAIN, "--out", str(folder), "--record", str(folder.parent / "rows.jsonl")])
+    return folder
+
+
+def refused(*words):
+    "The one line that a command ends with."
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    assert isinstance(end.value.code, str) and end.value.code.startswith("dino-edu: ") and "\n" not in end.value.code
+    return end.value.code
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from dino_edu.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout
+    assert out.strip().endswith("False") and "demo" in out
+
+
+def test_module_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "dino_edu.cli", "score", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "linear probe" in done.stdout
+
+
+@pytest.mark.parametrize("command", [Training, Score, Attention, Demo])
+def test_every_option_has_a_help_text(command, capsys):
+    name = dict(Training=["train", "shapes"]).get(command.__name__, [command.__name__.lower()])
+    with pytest.raises(SystemExit):
+        main([*name, "--help"])
+    text = capsys.readouterr().out
+    assert command.__doc__.split(":")[0].split(",")[0] in text or name[0] == "train"
+    options = [line for line in text.splitlines() if "--" in line]
+    assert len(options) >= 4 and "(default:" in text and "goes on" in text or name[0] != "train"
+
+
+def test_train_writes_a_run_and_a_row(run):
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    row = json.loads((run.parent / "rows.jsonl").read_text())
+    assert row["base"] == "shapes" and row["overrides"] == dict(data="shapes:100", steps=2, evaluations=1, batch=16)
+    assert {"table", "row", "base", "seed", "overrides", "recipe", "data", "device", "commit", "seconds", "images_per_second", "metrics"} == set(row)
+
+
+def test_dry_run_runs_nothing(tmp_path, capsys):
+    main([*TRAIN, "--out", str(tmp_path / "dry"), "--dry-run"])
+    assert "2 steps of 16 pictures" in capsys.readouterr().out
+    assert list((tmp_path / "dry").iterdir()) == []
+    assert callable(plan)
+
+
+def test_score(run, tmp_path, capsys):
+    main(["score", str(run), "--data", "shapes:100", "--out", str(tmp_path / "metrics.json")])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"knn_teacher", "linear_teacher", "knn_pixels"} <= set(metrics) and "knn_pixels" in capsys.readouterr().out
+
+
+def test_attention_of_a_wide_photograph(tmp_path, capsys):
+    Image.new("RGB", (130, 70), "orange").save(tmp_path / "photo.jpg")
+    main(["attention", str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "maps"), "--size", "64"])
+    assert (tmp_path / "maps" / "attention.png").stat().st_size > 1000
+    assert "4 heads of photo.jpg" in capsys.readouterr().out
+
+
+def test_shipped_encoder():
+    net, recipe = find_encoder("shapes_vit_nano")
+    assert recipe.data == "shapes" and not net.training
+
+
+def test_demo(tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path), "--pictures", "200", "--steps", "2"])
+    text = capsys.readouterr().out
+    assert (tmp_path / "attention.png").exists() and (tmp_path / "summary.json").exists() and callable(before_and_after)
+    assert "untrained" in text and "attention.png" in text and "Next:" in text
+
+
+def test_bad_input_is_one_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "not.png").write_text("text")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    assert "no such folder" in refused("train", "shapes", "--data", "nowhere")
+    assert str(tmp_path / "empty") in refused("train", "shapes", "--data", str(tmp_path / "empty"))
+    assert "fewer than a batch" in refused("train", "shapes", "--data", "shapes:10")
+    assert "no backbone 'vit_nono'" in refused(*TRAIN, "--encoder", "vit_nono", "--out", str(tmp_path / "a"))
+    assert "lr = " in refused(*TRAIN, "--lr", "0.5", "--out", str(run))
+    assert "nowhere" in refused("score", "nowhere")
+    assert "broken.safetensors" in refused("score", str(tmp_path / "broken.safetensors"))
+    assert "not.png" in refused("attention", str(tmp_path / "not.png"))
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "shapse"], ["train", "shapes", "--lrr", "1"], ["train", "shapes", "--lr", "fast"], ["sing"]])
+def test_wrong_options_end_with_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
