@@ -35,16 +35,17 @@ class Training:
         "Load the data, then train; or say what would be done."
         from dino_edu.data import load
         from dino_edu.recipe import PRESETS, changes
-        from dino_edu.run import record
+        from dino_edu.run import commit, record
         from dino_edu.train import fit
         recipe = self.recipe
         found = load(recipe.data, recipe.picture_size, recipe.in_chans, cache=self.cache, download=self.download, root=self.root)
         if self.dry_run:
             print(plan(recipe, *found, self.out, self.device))
             return
+        code = commit()
         summary = fit(recipe, *found, self.out, self.seed, self.device, tensorboard=self.tensorboard)
         if self.record:
-            record(self.record, summary, "real", "dino", self.preset, changes(PRESETS[self.preset](), recipe))
+            record(self.record, summary, "real", "dino", self.preset, changes(PRESETS[self.preset](), recipe), code)
         print(f"log, checkpoint, encoder, summary and curves are in {self.out}")
 
 # %% ../nbs/18_cli.ipynb #plan

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import dino_edu
+
 # %% ../nbs/00_core.ipynb #def-softmax-x-tensor-logits-k
 def softmax(x: Tensor, # logits, `[..., K]`
     tau: float = 1.0, # temperature: below 1 sharpens, above 1 flattens
@@ -169,12 +171,13 @@ def gather_rows(x: Tensor) -> Tensor:
 # %% ../nbs/00_core.ipynb #def-asset-name-str-path
 def asset(name: str) -> Path:
     "Path of a file that ships with the package: `dino_edu/assets` of a wheel, `data/` of a checkout. FileNotFoundError names it."
-    here = Path(__file__).resolve().parent
-    folders = (here / "assets", here.parent / "data")
+    package = Path(dino_edu.__file__).resolve().parent
+    folders = [folder for folder in (package / "assets", package.parent / "data") if folder.is_dir()]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"no file {name!r} ships with dino_edu (looked in {folders[0]} and {folders[1]})")
+    shipped = sorted(path.name for folder in folders for path in folder.iterdir() if path.is_file())
+    raise FileNotFoundError(f"no file {name!r} ships with dino_edu, only {', '.join(shipped)}")
 
 # %% ../nbs/00_core.ipynb #def-pick-device-name-str-auto-torch-devi
 def pick_device(name: str = "auto") -> torch.device:

@@ -144,10 +144,11 @@ def record(file: Path | str, # rows.jsonl, made if it is not there
     row: str, # dino, no_momentum, ...
     base: str, # the preset that the row starts from
     overrides: dict, # what the row changes
+    code: str | None = None, # the commit that ran: ask `commit` before the run, not after it
 ) -> dict: # the line
     "Append a finished run to the results that tables are rendered from."
     keys = ("recipe", "data", "device", "seconds", "images_per_second", "metrics")
-    line = dict(table=table, row=row, base=base, seed=summary["seed"], overrides=overrides, commit=commit())
+    line = dict(table=table, row=row, base=base, seed=summary["seed"], overrides=overrides, commit=code)
     line |= {key: summary[key] for key in keys}
     with open(file, "a") as rows:
         rows.write(json.dumps(line) + "\n")
