@@ -22,13 +22,14 @@ class Training:
     recipe: Any  # a `recipe.Recipe`
     preset: tyro.conf.Fixed[str]  # where the recipe started
     out: Path  # folder of the run; a run that was interrupted there goes on
-    seed: int = 0  # of weights, data order and crops
+    seed: int = 0  # of weights, data order and crops, and of the generated pictures
     device: str = "auto"  # auto, cpu, cuda, ...
     root: Path | None = None  # where a named data set lies
     cache: Path | None = None  # keep decoded pictures in this folder, so that the next run starts at once
     download: bool = False  # fetch a named data set that is not there yet
     tensorboard: bool = False  # events for TensorBoard too (pip install tensorboard)
-    record: Path | None = None  # add the finished run to this rows.jsonl
+    record: Path | None = None  # add the finished run to this rows.jsonl ...
+    table: str = "real"  # ... as a row of this table
     dry_run: bool = False  # check everything, run nothing
 
     def __call__(self) -> None:
@@ -38,14 +39,15 @@ class Training:
         from dino_edu.run import commit, record
         from dino_edu.train import fit
         recipe = self.recipe
-        found = load(recipe.data, recipe.picture_size, recipe.in_chans, cache=self.cache, download=self.download, root=self.root)
+        found = load(recipe.data, recipe.picture_size, recipe.in_chans,
+                     cache=self.cache, download=self.download, root=self.root, seed=self.seed)
         if self.dry_run:
             print(plan(recipe, *found, self.out, self.device))
             return
         code = commit()
         summary = fit(recipe, *found, self.out, self.seed, self.device, tensorboard=self.tensorboard)
         if self.record:
-            record(self.record, summary, "real", "dino", self.preset, changes(PRESETS[self.preset](), recipe), code)
+            record(self.record, summary, self.table, "dino", self.preset, changes(PRESETS[self.preset](), recipe), code)
         print(f"log, checkpoint, encoder, summary and curves are in {self.out}")
 
 # %% ../nbs/18_cli.ipynb #plan
@@ -164,7 +166,8 @@ Trained for {seconds:.0f} s without a label.
   k-NN accuracy:             pixels {metrics['knn_pixels']:.1f} %, untrained {metrics['knn_untrained']:.1f} %, trained {metrics['knn_teacher']:.1f} %
   attention on the object:   untrained {metrics['attention_untrained']:.1f} %, trained {metrics['attention_teacher']:.1f} %
 The picture of it is {out / 'attention.png'}, the curves are {out / 'curves.png'}.
-Next: open nbs/06_loss.ipynb (`make lab`) to see why it does not collapse, or try a folder of your own pictures:
+How much of the mask it covers, at every threshold, is in nbs/04_attention.ipynb; why it does not collapse, in nbs/06_loss.ipynb.
+Next, try a folder of your own pictures:
   dino-edu train imagenette_cpu --data YOUR_FOLDER --out runs/mine"""
 
 # %% ../nbs/18_cli.ipynb #before-and-after

@@ -282,6 +282,8 @@ def read_folder(path: str | Path, # folder, tar (of any compression) or zip, wit
         if not found:
             _to_cache(home, lambda sink: _decode_all(path, sink, workers=workers, **choices))
             found = _from_cache(home)
+    if "train" not in found:
+        raise ValueError(f"{path}: no picture to learn from could be read")
     return found["train"], found.get("val")
 
 # %% ../nbs/01_data.ipynb #fastai-https-s3-amazonaws-com-fast-ai-im

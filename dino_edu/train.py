@@ -24,7 +24,7 @@ from .checkpoint import load_checkpoint, restore, save_checkpoint, save_encoder
 from .core import cosine, keys, permutation, pick_device, rank, seed_everything, warmup_cosine, world_size
 from .data import Pictures
 from .recipe import Recipe, augmentation, method
-from .run import Run, plot_curves, progress, summarize
+from .run import Run, plot_curves, progress, summarize, tell
 from .score import pixel_knn, score
 from .vit import SIZES
 
@@ -180,7 +180,7 @@ def fit(recipe: Recipe, # what to run
     device: str = "auto", # `auto`, `cpu`, `cuda`, ...
     linear: bool = True, # a linear probe at the end
     tensorboard: bool = False, # events for TensorBoard beside the log, where it is installed
-    say: Callable[[str], None] = print, # where a line about every evaluation goes
+    say: Callable[[str], None] = tell, # where a line about every evaluation goes
 ) -> dict: # the summary, also in summary.json
     "Train, evaluate, log and save: a run from start to end, or from where it was interrupted."
     run, place = Run(out, tensorboard), pick_device(device)

@@ -460,6 +460,15 @@ def test_broken_files_are_named_and_counted(tmp_path):
         assert sum(map(len, read_folder(tmp_path, max_broken=.2))) == 34
 
 
+def test_nothing_left_to_learn_from(tmp_path):
+    folder_of(tmp_path, ["val/a/0.png", "val/b/0.png"])
+    for name in ("train/a/0.png", "train/b/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="2 of 4"), pytest.raises(ValueError, match="no picture to learn from"):
+        read_folder(tmp_path, max_broken=.9)
+
+
 def test_all_broken(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="1 of 1 pictures cannot be read"):

@@ -1,6 +1,8 @@
 """The loop and the run folder where no notebook should show them: odd data, bad input, other backbones, real pictures."""
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,6 +223,19 @@ def test_tensorboard_events(tmp_path):
     run.log(i=1, loss=2.0)
     run.events.flush()
     assert any(path.name.startswith("events") for path in tmp_path.iterdir())
+
+
+def test_tensorboard_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        Run(tmp_path, tensorboard=True)
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    steps = [SimpleNamespace(i=i, loss=torch.tensor(0.5)) for i in (1, 2, 3)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert [step.i for step in progress(iter(steps), 3)] == [1, 2, 3]
+    assert "3/3" in capsys.readouterr().err
 
 
 def test_commit_without_git(monkeypatch):
