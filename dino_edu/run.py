@@ -173,9 +173,14 @@ def record(file: Path | str, # rows.jsonl, made if it is not there
     code: str | None = None, # the commit that ran: ask `commit` before the run, not after it
 ) -> dict: # the line
     "Append a finished run to the results that tables are rendered from."
-    keys = ("recipe", "data", "device", "seconds", "images_per_second", "metrics")
-    line = dict(table=table, row=row, base=base, seed=summary["seed"], overrides=overrides, commit=code)
-    line |= {key: summary[key] for key in keys}
+    keys = ("data", "device", "seconds", "images_per_second", "metrics")
+    line = dict(table=table, row=row, base=base, seed=summary["seed"], overrides=_without_folder(overrides), commit=code)
+    line |= dict(recipe=_without_folder(summary["recipe"])) | {key: summary[key] for key in keys}
     with open(file, "a") as rows:
         rows.write(json.dumps(line) + "\n")
     return line
+
+
+def _without_folder(choices: dict) -> dict:
+    "The same fields, but of a path to pictures only the last name: where they lay is nobody's business."
+    return choices | dict(data=Path(choices["data"]).name) if "data" in choices else choices
