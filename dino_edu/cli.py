@@ -190,10 +190,10 @@ def before_and_after(out: Path, # folder of a finished run
     rows = figure.subplots(1 + len(nets), len(firsts), squeeze=False)
     for column, i in zip(rows.T, firsts):
         image = pictures[i]
-        column[0].imshow(image.permute(1, 2, 0))
+        column[0].imshow(image.permute(1, 2, 0).numpy())
         for axes, net in zip(column[1:], nets.values()):
             with torch.no_grad():
-                axes.imshow(attention_maps(net, image).mean(0), cmap="inferno")
+                axes.imshow(attention_maps(net, image).mean(0).numpy(), cmap="inferno")
     for axes, name in zip(rows[:, 0], ["picture", *nets]):
         axes.set_ylabel(name)
     for axes in rows.flat:

@@ -112,9 +112,7 @@ def changes(base: Recipe, # where it started
 # %% ../nbs/08a_recipe.ipynb #parts
 def augmentation(recipe: Recipe) -> MultiCrop:
     "The multi-crop that a recipe describes."
-    names = ("global_size", "local_size", "n_local", "global_scale", "local_scale", "jitter", "jitter_p",
-             "grey_p", "flip_p", "blur_p", "blur_sigma", "solarize_p")
-    return MultiCrop(**{name: getattr(recipe, name) for name in names})
+    return MultiCrop(**{field.name: getattr(recipe, field.name) for field in fields(MultiCrop)})
 
 
 def encoder(recipe: Recipe) -> nn.Module:
