@@ -189,7 +189,7 @@ def fit(recipe: Recipe, # what to run
     judge = _judge(model, train_set, val_set, recipe, place)
     if start == 0:
         run.log(i=0, **_untrained(judge()), **_pixels(train_set, val_set))
-        say(f"before training: {_words(run.lines()[-1])}")
+        say(f"before training: {_words(run.lines()[-1]) or 'nothing to score on, which needs labels of two classes or more'}")
     marks = {round(total * (n + 1) / recipe.evaluations) for n in range(recipe.evaluations)} | {total}
     steps = train(model, batches(train_set, recipe, seed, place, start), recipe, total, opt, start)
     tick = time.perf_counter()
@@ -200,7 +200,7 @@ def fit(recipe: Recipe, # what to run
             run.log(**report(step, recipe, model, seconds))
         if step.i in marks:
             run.log(i=step.i, **judge(linear=linear and step.i == total))
-            say(f"step {step.i} of {total}: {_words(run.lines()[-1])}")
+            say(f"step {step.i} of {total}: loss {step.loss.item():.3f}  {_words(run.lines()[-1])}")
             save_checkpoint(run.checkpoint, model, opt, recipe, seed, step.i, seconds=seconds)
         tick = time.perf_counter()
     return _finish(run, model, recipe, train_set, place, seed, total, seconds)
@@ -249,9 +249,8 @@ def _labelled(pictures: Pictures | None) -> bool:
 
 
 def _words(line: dict) -> str:
-    "The metrics of a log line in a sentence."
-    said = [f"{name.replace('_', ' ')} {value:.1f} %" for name, value in line.items() if name != "i"]
-    return ", ".join(said) or "nothing to score on: that needs labels of two classes or more"
+    "The metrics of a log line; empty if there are none."
+    return ", ".join(f"{name.replace('_', ' ')} {value:.1f} %" for name, value in line.items() if name != "i")
 
 
 def _finish(run: Run, model: nn.Module, recipe: Recipe, train_set: Pictures, place: torch.device, seed: int, total: int, seconds: float) -> dict:

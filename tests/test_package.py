@@ -11,8 +11,8 @@ import pytest
 # A bare interpreter: the dependencies' folder, without the packages that its .pth files add, and one folder with what was just installed.
 USE = """
 import site, sys
+site.addsitedir({installed!r})   # first: an editable install of this checkout in the other folder has the same name
 sys.path.append({packages!r})
-site.addsitedir({installed!r})
 import dino_edu
 from dino_edu.core import asset
 print(dino_edu.__file__)
