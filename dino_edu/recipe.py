@@ -191,7 +191,7 @@ def imagenette_cpu(base: Recipe = Recipe()) -> Recipe:
         out_dim=512, hidden=512, bottleneck=64, head_bn=True,
         teacher_temperature=0.04, warmup_teacher_temperature=0.02, teacher_temperature_warmup=0.3,
         momentum=0.99, momentum_end=0.997,   # half-life from 69 to 231 steps
-        batch=32,   # at equal pictures, twice the updates learnt more than twice the batch
+        batch=32,   # many small steps for the same pictures
         steps=5000, lr=0.024, lr_end=1e-5, freeze_last_layer=0.0,
         evaluations=5,
     )
