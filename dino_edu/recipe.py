@@ -164,7 +164,7 @@ def method(recipe: Recipe, # what to build
 
 # %% ../nbs/08a_recipe.ipynb #preset-shapes
 def shapes(base: Recipe = Recipe()) -> Recipe:
-    "The generated set on a laptop's CPU, minutes."
+    "The generated set on a CPU, minutes."
     return override(base,
         data="shapes", picture_size=48,
         global_size=32, local_size=16, n_local=4,

@@ -253,7 +253,7 @@ class ViT(nn.Module):
 
 # %% ../nbs/03_vit.ipynb #sizes-dict-width-depth-heads
 SIZES = dict(   # width, depth, heads
-    vit_nano=(64, 3, 4),      # ours: learns the generated set on a laptop in minutes
+    vit_nano=(64, 3, 4),      # ours: learns the generated set on a CPU in minutes
     vit_micro=(96, 4, 3),     # ours: small real pictures on a CPU
     vit_tiny=(192, 12, 3),    # DeiT-Ti
     vit_small=(384, 12, 6),   # DeiT-S, the paper's main model
