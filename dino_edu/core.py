@@ -181,9 +181,14 @@ def asset(name: str) -> Path:
 
 # %% ../nbs/00_core.ipynb #def-pick-device-name-str-auto-torch-devi
 def pick_device(name: str = "auto") -> torch.device:
-    "`auto` is the GPU of this rank when there is one, else the CPU; any of torch's names is taken as it is."
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    "`auto` is the GPU of this rank when there is one, else the CPU; else one of torch's names. ValueError if there is no such device."
+    if name == "auto":
+        here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return torch.device(here if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"no device {name!r}: say auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here: say cpu, or auto")
+    return device

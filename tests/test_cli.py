@@ -99,6 +99,7 @@ def test_bad_input_is_one_line(run, tmp_path):
     assert "fewer than a batch" in refused("train", "shapes", "--data", "shapes:10")
     assert "no backbone 'vit_nono'" in refused(*TRAIN, "--encoder", "vit_nono", "--out", str(tmp_path / "a"))
     assert "lr = " in refused(*TRAIN, "--lr", "0.5", "--out", str(run))
+    assert "no device 'gpu'" in refused(*TRAIN, "--device", "gpu", "--out", str(tmp_path / "b"))
     assert "nowhere" in refused("score", "nowhere")
     assert "broken.safetensors" in refused("score", str(tmp_path / "broken.safetensors"))
     assert "not.png" in refused("attention", str(tmp_path / "not.png"))

@@ -116,6 +116,14 @@ def test_chance_is_the_same_on_the_gpu():
     assert torch.equal(uniform(keys(1, 2, index.cuda()), 50).cpu(), uniform(keys(1, 2, index), 50))
 
 
+def test_pick_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        pick_device("cuda:1")
+    with pytest.raises(ValueError, match="no device 'gpu'"):
+        pick_device("gpu")
+
+
 def test_pick_device_of_a_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
