@@ -177,7 +177,7 @@ def shapes(base: Recipe = Recipe()) -> Recipe:
         teacher_temperature=0.04, warmup_teacher_temperature=0.02, teacher_temperature_warmup=0.3,
         momentum=0.98, momentum_end=0.99,   # 1,500 steps: the teacher must forget in tens of steps, not hundreds
         batch=32, steps=1500, lr=0.024, lr_end=1e-5, freeze_last_layer=0.0,
-        evaluations=5,   # looking at 12,000 pictures costs as much as a hundred steps
+        evaluations=5,   # each looks at 12,000 pictures, through student and teacher
     )
 
 # %% ../nbs/08a_recipe.ipynb #preset-imagenette-cpu
@@ -186,7 +186,7 @@ def imagenette_cpu(base: Recipe = Recipe()) -> Recipe:
     return override(base,
         data="imagenette", picture_size=80,
         global_size=64, local_size=32, n_local=6,
-        global_scale=(0.4, 1.0), local_scale=(0.1, 0.4), blur_sigma=(0.05, 0.6),   # sigma x 64 / 224
+        global_scale=(0.4, 1.0), local_scale=(0.1, 0.4), blur_sigma=(0.05, 0.6),   # about the paper's x 64 / 224
         encoder="vit_micro", patch_size=8, stem="conv", mlp_ratio=2.0, drop_path=0.0, init_std=None,
         out_dim=512, hidden=512, bottleneck=64, head_bn=True,
         teacher_temperature=0.04, warmup_teacher_temperature=0.02, teacher_temperature_warmup=0.3,

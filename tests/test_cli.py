@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from dino_edu.cli import Attention, Demo, Score, Training, before_and_after, find_encoder, main, plan
+from dino_edu.data import load
+from dino_edu.recipe import override, shapes
 
 TRAIN = ["train", "shapes", "--data", "shapes:100", "--steps", "2", "--evaluations", "1", "--batch", "16"]
 
@@ -62,7 +64,13 @@ def test_dry_run_runs_nothing(tmp_path, capsys):
     main([*TRAIN, "--out", str(tmp_path / "dry"), "--dry-run"])
     assert "2 steps of 16 pictures" in capsys.readouterr().out
     assert list((tmp_path / "dry").iterdir()) == []
-    assert callable(plan)
+
+
+def test_plan_finds_what_would_fail(tmp_path):
+    with pytest.raises(ValueError, match="no backbone 'vit_nono'"):
+        plan(override(shapes(), encoder="vit_nono"), *load("shapes:100"), tmp_path, "cpu")
+    with pytest.raises(ValueError, match="optimizer 'adam'"):
+        plan(override(shapes(), optimizer="adam"), *load("shapes:100"), tmp_path, "cpu")
 
 
 def test_score(run, tmp_path, capsys):
@@ -86,8 +94,16 @@ def test_shipped_encoder():
 def test_demo(tmp_path, capsys):
     main(["demo", "--out", str(tmp_path), "--pictures", "200", "--steps", "2"])
     text = capsys.readouterr().out
-    assert (tmp_path / "attention.png").exists() and (tmp_path / "summary.json").exists() and callable(before_and_after)
+    assert (tmp_path / "attention.png").exists() and (tmp_path / "summary.json").exists()
     assert "untrained" in text and "attention.png" in text and "Next, try" in text
+
+
+def test_before_and_after_differ(run):
+    "Three rows of ten classes; training, however short, moves the attention."
+    figure = before_and_after(run, find_encoder(run)[1], load("shapes:100")[1], seed=0)
+    rows = [[axes.images[0].get_array() for axes in figure.axes[i : i + 10]] for i in (0, 10, 20)]
+    assert len(figure.axes) == 30
+    assert all(abs(before - after).max() > 0 for before, after in zip(rows[1], rows[2]))
 
 
 def test_bad_input_is_one_line(run, tmp_path):
