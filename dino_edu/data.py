@@ -29,12 +29,7 @@ from torch import Tensor
 from .core import asset
 from .files import assign, contents, decode, opened, read_classes
 from .shapes import NAMES, make
-
-# %% ../nbs/01_data.ipynb #def-to-index-index-sequence-int-tensor-t
-def _to_index(index: Sequence[int] | Tensor) -> Tensor:
-    "Positions as an int64 tensor; a bool mask becomes the positions where it is true."
-    index = torch.as_tensor(index)
-    return index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+from .stream import Streamed, stream_folder, to_index
 
 # %% ../nbs/01_data.ipynb #dataclass-frozen-true-eq-false-repr-fals
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,7 +75,7 @@ class Pictures:
     def batch(self, index: Sequence[int] | Tensor # which pictures, `[B]`
     ) -> tuple[Tensor, Tensor]: # uint8 `[B, C, H, W]`, zeros at the bottom and right; sizes int64 `[B, 2]`
         "Pictures padded to the largest of the batch, and their true heights and widths."
-        index = _to_index(index)
+        index = to_index(index)
         sizes = self.sizes[index]
         if self._rows is not None:
             rows = self.offsets[index] // self._rows[0].size
@@ -93,7 +88,7 @@ class Pictures:
     def subset(self, index: Sequence[int] | Tensor # which pictures, `[M]`, or a bool mask `[N]`
     ) -> "Pictures":
         "The chosen pictures in the order given; the bytes are shared, not copied."
-        index = _to_index(index)
+        index = to_index(index)
         labels = None if self.labels is None else self.labels[index]
         masks = None if self.masks is None else self.masks[index]
         paths = tuple(self.paths[i] for i in index.tolist()) if self.paths else ()
@@ -390,12 +385,15 @@ def load(source: str | Path = "shapes", # "shapes", "shapes:500", a set of `ARCH
     root: str | Path | None = None, # where named sets lie; for "imagenet" and "imagenet100" the folder with train/ and val/
     n: int | None = None, # how many shapes to train on
     seed: int = 0, # of the shapes
+    stream: bool = False, # leave the pictures of a folder in their files, and decode them when they are asked for
     **options, # `split`, `labelled`, `share`, `max_broken`, `workers` of `read_folder`
-) -> tuple[Pictures, Pictures | None]: # train and val; val is None where there are no labels
+) -> tuple[Pictures | Streamed, Pictures | Streamed | None]: # train and val; val is None where there are no labels
     "Pictures to learn from and pictures to score on, by name or by path; an unknown name is an error that lists the known."
     name, _, count = source.partition(":") if isinstance(source, str) else ("", "", "")
     if (name == "shapes" or source in TORCHVISION) and (options or classes):
         raise ValueError(f"{', '.join([*options, *(['classes'] if classes else [])])}: only for folders and archives, not for {source}")
+    if stream and (cache or name == "shapes" or source in TORCHVISION or source in ARCHIVES):
+        raise ValueError(f"stream=True leaves pictures in their folders and keeps none decoded: not for {'cache=' if cache else source}")
     if name == "shapes":
         if not (count or "1").isdigit() or int(count or n or 10_000) < 1:
             raise ValueError(f"{source!r}: write shapes, or shapes:500 for 500 pictures")
@@ -413,4 +411,6 @@ def load(source: str | Path = "shapes", # "shapes", "shapes:500", a set of `ARCH
     if not Path(source).expanduser().exists():
         known = ", ".join(["shapes", *ARCHIVES, *TORCHVISION, *ILSVRC])
         raise FileNotFoundError(f"{str(source)!r} is no known set ({known}), and there is no such folder or archive")
+    if stream:
+        return stream_folder(source, size, channels, classes, **options)
     return read_folder(source, size, channels, classes, cache=cache, **options)
