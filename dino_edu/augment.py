@@ -193,6 +193,11 @@ class Views:
     def __len__(self) -> int:
         return len(self.images)
 
+    def split(self, parts: int) -> list["Views"]:
+        "The same views of so many equal shares of the pictures, in order."
+        shares = zip(*(x.chunk(parts) for x in self.images)), self.boxes.chunk(parts, 1), self.flips.chunk(parts, 1)
+        return [Views(list(images), boxes, flips) for images, boxes, flips in zip(*shares)]
+
 # %% ../nbs/02_augment.ipynb #dataclass-frozen-true-2
 @dataclass(frozen=True)
 class MultiCrop:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import Views
+from .core import BatchNorm
 from .teacher import Teacher
 
 # %% ../nbs/07_methods.ipynb #def-mlp-widths-list-int-width-of-the-inp
@@ -28,7 +29,7 @@ def mlp(widths: list[int], # width of the input, of every hidden layer and of th
             nn.init.trunc_normal_(layers[-1].weight, std=std)
             nn.init.zeros_(layers[-1].bias)
         if i < len(widths) - 2:
-            layers += [nn.BatchNorm1d(b), nn.GELU()] if bn else [nn.GELU()]
+            layers += [BatchNorm(b), nn.GELU()] if bn else [nn.GELU()]
     return nn.Sequential(*layers)
 
 # %% ../nbs/07_methods.ipynb #class-prototypes-nn-module
@@ -106,7 +107,7 @@ class Siamese(nn.Module):
     def __init__(self,
         encoder: nn.Module, # `[B, C, H, W]` -> `[B, D]`
         head: nn.Module, # `[n, D]` -> `[n, K]`
-        loss: nn.Module, # (student `[V, B, K]`, teacher `[T, B, K]`, t) -> scalar, with `after_step()`
+        loss: nn.Module, # one of chapter 06: `aim`, `compare` and `after_step`
         predictor: nn.Module | None = None, # on the student's side only, `[n, K]` -> `[n, K]`
         n_global: int = 2, # how many of the views the teacher sees
         **teacher, # any argument of `Teacher`
@@ -116,13 +117,27 @@ class Siamese(nn.Module):
         self.teacher = Teacher(self.student, **teacher)
         self.predictor, self.loss, self.n_global = predictor, loss, n_global
 
-    def forward(self, views: Views, t: float) -> Tensor:
-        "The loss on the views of a batch at progress `t` in [0, 1]."
-        targets = self.teacher(views.images[: self.n_global])
+    def targets(self,
+        views: Views, # of a whole batch
+        t: float, # progress in [0, 1]
+        parts: int = 1, # so many passes of the teacher, for want of memory
+    ) -> Tensor: # `[T, B, K]`, without gradient
+        "What the teacher asks of the student. Centre, queue and Sinkhorn see the whole batch, whatever the parts."
+        outputs = [self.teacher(part.images[: self.n_global]) for part in views.split(parts)]
+        return self.loss.aim(torch.cat(outputs, 1), t)
+
+    def forward(self,
+        views: Views, # of a batch, or of a part of it
+        t: float, # progress in [0, 1]
+        target: Tensor | None = None, # from `targets`, for the pictures of `views`; None: ask the teacher now
+    ) -> Tensor: # scalar
+        "The loss on the views of a batch."
+        if target is None:
+            target = self.targets(views, t)
         outputs = self.student(views.images)
         if self.predictor is not None:
             outputs = self.predictor(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
-        return self.loss(outputs, targets, t)
+        return self.loss.compare(outputs, target)
 
     def after_step(self, t: float) -> None:
         "Move the teacher, then what the loss remembers."

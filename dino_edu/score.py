@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import center_crop
-from .core import full_precision
+from .core import full_precision, gather_rows, rank, world_size
 from .data import Pictures
 
 # %% ../nbs/08_score.ipynb #torch-no-grad
@@ -24,18 +24,21 @@ def features(encoder: nn.Module, # `[B, C, size, size]` -> `[B, D]`
     device: torch.device | str = "cpu", # where the encoder is
     batch: int = 256, # pictures at a time
 ) -> Tensor: # float32 `[N, D]` on the CPU
-    "Embed all pictures: centre crop, evaluation mode, full precision; ValueError if there are none."
+    "Embed all pictures: centre crop, evaluation mode, full precision, shared out over the ranks; ValueError if there are none."
     if not len(pictures):
         raise ValueError(f"there are no pictures to embed in {pictures.name or 'this set'!r}")
     was_training, rows = encoder.training, []
     encoder.eval()
+    last = len(pictures) - 1
+    mine = torch.arange(rank(), len(pictures) + -len(pictures) % world_size(), world_size()).clamp(max=last)   # as many on every rank
     with torch.autocast(torch.device(device).type, enabled=False):
-        for index in torch.arange(len(pictures)).split(batch):
+        for index in mine.split(batch):
             images, sizes = pictures.batch(index)
             crops = center_crop(images.to(device), sizes.to(device), size)
             rows.append(encoder(crops).float().cpu())
     encoder.train(was_training)
-    return torch.cat(rows)
+    rows = gather_rows(torch.cat(rows)).unflatten(0, (world_size(), -1))
+    return rows.transpose(0, 1).flatten(0, 1)[: len(pictures)]
 
 # %% ../nbs/08_score.ipynb #torch-no-grad-2
 @torch.no_grad()

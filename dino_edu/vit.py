@@ -22,6 +22,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
+from .core import across_ranks, full_precision
+
 # %% ../nbs/03_vit.ipynb #class-patchembed-nn-module
 class PatchEmbed(nn.Module):
     "Cut a picture into patches and map each to a token: one strided convolution, or a small convolutional stem."
@@ -71,7 +73,7 @@ def resize_positions(positions: Tensor, # one for the class token, then a square
     if (height, width) == (side, side):
         return positions
     cls, grid = positions[:, :1], positions[:, 1:]
-    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    grid = full_precision(grid).unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], 1)
 
@@ -113,9 +115,13 @@ class Attention(nn.Module):
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         return split.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "`[B, N, width]` -> `[B, N, width]`."
-        mixed = attend(*self.queries_keys_values(x))
+    def forward(self,
+        x: Tensor, # tokens, `[B, N, width]`
+        read: int | None = None, # only the first so many look around; None: all N
+    ) -> Tensor: # `[B, read, width]`
+        "What the tokens make of each other."
+        q, k, v = self.queries_keys_values(x)
+        mixed = attend(q[:, :, :read], k, v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 # %% ../nbs/03_vit.ipynb #class-mlp-nn-module
@@ -151,9 +157,12 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        "`[B, N, width]` -> `[B, N, width]`."
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self,
+        x: Tensor, # tokens, `[B, N, width]`
+        read: int | None = None, # only the first so many are wanted; None: all N
+    ) -> Tensor: # `[B, read, width]`
+        "Look around, then think. All tokens are looked at, whoever looks."
+        x = x[:, :read] + self.drop_path(self.attn(self.norm1(x), read))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 # %% ../nbs/03_vit.ipynb #class-vit-nn-module
@@ -233,8 +242,11 @@ class ViT(nn.Module):
         return kept
 
     def forward(self, x: Tensor) -> Tensor:
-        "The class token of the last layer, `[B, C, H, W]` -> `[B, D]`."
-        return self.tokens(x)[:, 0]
+        "The class token of the last layer, `[B, C, H, W]` -> `[B, D]`; the last block works for this token alone."
+        x = self.embed(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.norm(self.blocks[-1](x, read=1))[:, 0]
 
     def attention(self,
         x: Tensor, # pictures, `[B, C, H, W]`
@@ -396,7 +408,7 @@ class Timm(nn.Module):
         **options, # anything else that `timm.create_model` takes
     ):
         super().__init__()
-        self.model = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **options)
+        self.model = across_ranks(timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **options))
         self.embed_dim = self.model.num_features
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ index = permutation(8, 3, 1)[rank() :: world_size()]
 out = dict(
     rank=rank(), world=world_size(), distributed=distributed(),
     sum=sum_over_ranks(x).tolist(), mean=mean_over_ranks(x).tolist(), rows=gather_rows(x.T).tolist(),
-    untouched=torch.equal(x, kept), gradient=sum_over_ranks(learnt).requires_grad,
+    untouched=torch.equal(x, kept), gradient=torch.autograd.grad((10**number * sum_over_ranks(learnt)).sum(), learnt)[0].tolist(),
     index=index.tolist(), chance=uniform(keys(3, 1, index), 2).tolist(),
 )
 with open(f"{folder}/{number}.json", "w") as file:
@@ -62,7 +62,7 @@ def test_sums_over_two_ranks(ranks):
     for out in ranks:
         assert out["sum"] == [[11, 22], [33, 55]] and out["mean"] == [[5.5, 11], [16.5, 27.5]]
         assert out["rows"] == [[1, 3], [2, 5], [10, 30], [20, 50]]   # also from memory that is not contiguous
-        assert out["untouched"] and not out["gradient"]
+        assert out["untouched"] and out["gradient"] == [[11, 11], [11, 11]]   # 1 from rank 0's result and 10 from rank 1's
 
 
 def test_two_ranks_see_what_one_process_sees(ranks):

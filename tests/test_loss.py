@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dino_edu.core import rank, world_size
+from dino_edu.core import full_precision, log_softmax, rank, world_size
 from dino_edu.loss import Centering, Cosine, CrossEntropy, InfoNCE, Sinkhorn, sinkhorn
 
 K = 12
@@ -146,6 +146,31 @@ def test_accumulation_is_the_whole_batch(name):
         whole.after_step()
         parts.after_step()
     assert same_state(sorted_queue(whole.state_dict()), sorted_queue(parts.state_dict()), atol=1e-12)
+
+
+# Many prototypes
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_slices_change_neither_value_nor_gradient(dtype, tolerance, rows, monkeypatch):
+    "Against the plain expression in float64, for any size of slice, with a factor on the loss."
+    torch.manual_seed(0)
+    student, target = torch.randn(5, 7, K).to(dtype), torch.softmax(torch.randn(2, 7, K, dtype=torch.float64) * 5, -1)
+    monkeypatch.setattr("dino_edu.loss._rows", lambda _: rows)
+    ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    log_p = log_softmax(exact, 0.1)
+    expected = -(target * (log_p.sum(0) - log_p[:2])).sum(-1).mean() / 4
+    found = CrossEntropy(Centering(K)).compare(ours, full_precision(target.to(dtype)))
+    assert torch.isclose(found.double(), expected, rtol=tolerance)
+    (3 * found).backward()
+    (3 * expected).backward()
+    assert ours.grad.dtype == dtype and torch.allclose(ours.grad.double(), exact.grad, atol=tolerance * exact.grad.abs().max())
+
+
+def test_gradient_by_differences():
+    torch.manual_seed(0)
+    student, target = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True), torch.rand(2, 3, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: CrossEntropy(Centering(6)).compare(s, target), student)
 
 
 # Limits

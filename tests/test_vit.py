@@ -74,7 +74,8 @@ def test_timm_layers():
     expected = theirs.get_intermediate_layers(x, n=2, norm=True)
     for mine, patches in zip(ours.layers(x, 2), expected, strict=True):
         assert torch.allclose(mine[:, 1:], patches, atol=1e-5)
-    assert torch.equal(ours.layers(x, 3)[-1], ours.tokens(x)) and torch.equal(ours(x), ours.tokens(x)[:, 0])
+    assert torch.equal(ours.layers(x, 3)[-1], ours.tokens(x))
+    assert torch.allclose(ours(x), ours.tokens(x)[:, 0], atol=1e-6)   # not bit by bit: the last block is computed for one token only
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, -1, -3])
