@@ -16,11 +16,12 @@ from pathlib import Path
 
 import dino_edu
 from .checkpoint import write_atomically
+from .core import rank
 from .recipe import Recipe
 
 # %% ../nbs/08c_run.ipynb #run
 class Run:
-    "A folder that holds a run: log.jsonl, last.pt, encoder.safetensors, summary.json, curves.png."
+    "A folder that holds a run: log.jsonl, last.pt, best.pt, encoder.safetensors, summary.json, curves.png. Of several ranks, 0 writes."
 
     def __init__(self,
         folder: Path | str, # made if it is not there; OSError names it if that fails
@@ -32,11 +33,13 @@ class Run:
         except OSError as error:
             raise OSError(f"cannot write to the output folder {self.folder}: {error.strerror}") from error
         self.log_file, self.checkpoint = self.folder / "log.jsonl", self.folder / "last.pt"
-        if tensorboard:
+        if tensorboard and rank() == 0:
             self.events = _tensorboard(self.folder)
 
     def log(self, **line: float) -> None:
         "Append a line to log.jsonl; `i`, the number of steps done, is one of its values."
+        if rank() > 0:
+            return
         with open(self.log_file, "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items() if self.events else ():
@@ -55,7 +58,8 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         "Write a text file of the folder atomically."
-        write_atomically(self.folder / name, lambda path: path.write_text(text))
+        if rank() == 0:
+            write_atomically(self.folder / name, lambda path: path.write_text(text))
 
 
 def _tensorboard(folder: Path):
@@ -108,6 +112,8 @@ def progress(steps: Iterable, # with `i`, steps done, and `loss`, a scalar tenso
     start: int = 0, # steps already done
 ) -> Iterator:
     "Pass the steps through and show them: a bar on a terminal, one line updated in place in a notebook, nothing elsewhere."
+    if rank() > 0:
+        return iter(steps)
     if _in_notebook():
         return _one_line(steps, total)
     if sys.stderr.isatty():
@@ -145,7 +151,9 @@ def _one_line(steps: Iterable, total: int) -> Iterator:
 
 # %% ../nbs/08c_run.ipynb #tell
 def tell(line: str) -> None:
-    "Print a line, above the progress bar if there is one."
+    "Print a line, above the progress bar if there is one; of several ranks, 0 does."
+    if rank() > 0:
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
         tqdm.write(line)

@@ -228,6 +228,8 @@ def prefetched(pictures, # a `Streamed`, a `data.Pictures`, or whatever has `bat
 
 
 def _deaf(number: int) -> None:
-    "A worker leaves Ctrl-C and SIGTERM to the process that it works for: terminals and torchrun send them to both."
-    for asked in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(asked, signal.SIG_IGN)
+    "A worker leaves Ctrl-C and the first SIGTERM to the process that it works for: terminals and schedulers send them to both."
+    def obey_the_next(signum, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)   # that one comes from whoever wants this worker gone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, obey_the_next)

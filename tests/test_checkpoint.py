@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dino_edu import checkpoint
-from dino_edu.checkpoint import FORMAT, load_checkpoint, load_encoder, restore, save_checkpoint, save_encoder, write_atomically
+from dino_edu.checkpoint import ENCODER_FORMAT, FORMAT, keep, load_checkpoint, load_encoder, restore, save_checkpoint, save_encoder, write_atomically
 from dino_edu.core import keys, seed_everything
 from dino_edu.methods import METHODS
 from dino_edu.recipe import Recipe, augmentation, encoder, method, override, shapes
@@ -153,6 +153,38 @@ def test_leftovers_of_killed_writers_are_swept(tmp_path):
         (tmp_path / name).write_text("left over")
     write_atomically(tmp_path / "text", lambda temporary: temporary.write_text("new"))
     assert {path.name for path in tmp_path.iterdir()} == {"text", ".other.123.partial", ".text"}
+
+
+def test_leftovers_are_swept_before_their_space_is_needed(tmp_path):
+    "Even one of the same process number, as in a container, where every run may be number 1."
+    leftover = tmp_path / f".text.{os.getpid()}.partial"
+    leftover.write_text("left over")
+    seen = []
+    write_atomically(tmp_path / "text", lambda temporary: (seen.extend(tmp_path.iterdir()), temporary.write_text("new")))
+    assert seen == [] and alone(tmp_path / "text")
+
+
+def test_keep(tmp_path):
+    "A second name, of the present file only; twice is as once, and a writer that was killed is no hindrance."
+    last, best = tmp_path / "last.pt", tmp_path / "best.pt"
+    last.write_text("one")
+    os.link(last, tmp_path / f".best.pt.{os.getpid()}.partial")
+    for _ in range(2):
+        keep(last, "best.pt")
+    assert best.samefile(last) and len(list(tmp_path.iterdir())) == 2
+    write_atomically(last, lambda temporary: temporary.write_text("two"))
+    assert (best.read_text(), last.read_text()) == ("one", "two")
+    keep(last, "best.pt")
+    assert best.read_text() == "two" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_keep_where_files_have_one_name(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError("no links here")
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "last.pt").write_text("one")
+    keep(tmp_path / "last.pt", "best.pt")
+    assert (tmp_path / "best.pt").read_text() == "one"
 
 
 @pytest.mark.parametrize("place", ["absent/last.pt", "file/last.pt"])
@@ -406,7 +438,7 @@ def test_about_cannot_replace_the_recipe(tmp_path):
 def described(**changes):
     "Metadata as `save_encoder` writes them, with changes; a change to None takes a key out."
     recipe = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
-    metadata = dict(format=str(FORMAT), version="9.9", recipe=json.dumps(recipe)) | changes
+    metadata = dict(format=str(ENCODER_FORMAT), version="9.9", recipe=json.dumps(recipe)) | changes
     return {name: value for name, value in metadata.items() if value is not None}
 
 
