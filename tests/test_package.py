@@ -44,7 +44,7 @@ def test_wheel(checkout, tmp_path):
         return {f"dino_edu/{name}{p.name}" for p in (checkout / folder).iterdir() if p.suffix in suffixes}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == (ships("dino_edu", "", ".py") | ships("nbs", "notebooks/", ".ipynb")
-                     | ships("data", "assets/", ".txt", ".md", ".json", ".jsonl", ".safetensors"))
+                     | ships("data", "assets/", ".txt", ".md", ".json", ".jsonl", ".safetensors", ".sh"))
 
     installed = tmp_path / "installed"
     pip("install", str(wheel), "--target", str(installed))
