@@ -8,7 +8,8 @@ from dataclasses import fields
 import pytest
 from PIL import Image
 
-from dino_edu.cli import Attention, Demo, Score, Training, before_and_after, find_encoder, main, plan
+from dino_edu.bench import table
+from dino_edu.cli import Attention, Bench, Demo, Score, Training, before_and_after, find_encoder, main, plan
 from dino_edu.data import load
 from dino_edu.recipe import override, shapes
 
@@ -41,7 +42,7 @@ def test_module_is_a_command():
     assert done.returncode == 0 and "linear probe" in done.stdout
 
 
-@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Score, ["score"]), (Attention, ["attention"]), (Demo, ["demo"])])
+@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Score, ["score"]), (Attention, ["attention"]), (Demo, ["demo"])])
 def test_every_option_has_a_help_text(command, words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--help"])
@@ -126,3 +127,23 @@ def test_wrong_options_end_with_2(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 2
+
+
+@pytest.fixture
+def one_arrangement(monkeypatch):
+    "Trying them all takes minutes."
+    monkeypatch.setattr("dino_edu.bench.arrangements", lambda *_: [(1, 0)])
+
+
+def test_bench_without_a_preset(one_arrangement, tmp_path, capsys):
+    "The file that a script reads, and the table that a person does."
+    main(["bench", "--json", str(tmp_path / "bench.json"), "--record", str(tmp_path / "rows.jsonl"), "--batch", "4", "--n-local", "1", "--rounds", "1", "--seconds", "0.1", "--device", "cpu"])
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["ratio"] == result["ours"]["images_per_second"] / result["plain"]["images_per_second"] > 0
+    assert {"augment", "teacher forward", "student forward", "backward", "loss", "optimiser"} <= set(result["parts_ms"])
+    assert result["recipe"]["encoder"] == "vit_nano" and result["ours"]["peak_memory"] > 10**7
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["metrics"]["ratio"] == result["ratio"]
+    printed = capsys.readouterr().out
+    assert "ratio" in printed and "teacher forward" in printed
+    alone = {key: value for key, value in result.items() if key not in ("plain", "ratio", "ratios")}
+    assert "ratio" not in table(alone) and "% of the" in table(alone)
