@@ -367,7 +367,7 @@ def agent(folder, *options, words=WORDS, environment=ENVIRONMENT):
         return subprocess.Popen([str(word) for word in command], env=environment, stdout=log, stderr=log)
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=240):
     "Wait for something."
     deadline = time.monotonic() + seconds
     while not condition():
@@ -375,7 +375,7 @@ def until(condition, seconds=120):
         time.sleep(0.01)
 
 
-def finish(*agents, seconds=120):
+def finish(*agents, seconds=240):
     "Wait for agents; what is left is asked to stop (torchrun passes that on), then killed."
     try:
         for process in agents:
@@ -426,7 +426,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 def straight(tmp_path_factory):
     "A run on two processes that nothing disturbs."
     folder = tmp_path_factory.mktemp("straight") / "run"
-    text = torchrun(*WORDS, "--out", folder, timeout=120)
+    text = torchrun(*WORDS, "--out", folder, timeout=240)
     return folder, text
 
 
