@@ -79,6 +79,6 @@ def estimate(recipe: Recipe, # what will run
 
 def _trial_speed(recipe: Recipe, pictures: Pictures, place: torch.device, workers: int, batch: int) -> float:
     "Images/s in a few steps with a batch of this size, over all processes; not compiled, which would take longer than the steps."
-    few = override(recipe, batch=batch, compile=False)
+    few = override(recipe, batch=batch, compile=False, lr=0.0)   # a rate that diverges is for the run to report
     speed = statistics.median(rates(our_loop(pictures, few, place, workers), batch, place, seconds=0.0, warmup=1))
     return mean_over_ranks(torch.tensor(speed)).item()
