@@ -189,6 +189,7 @@ class Views:
     images: list[Tensor]  # V tensors, normalised, `[B, C, s, s]`
     boxes: Tensor  # top, left, height, width in pixels of the unflipped picture, `[V, B, 4]`
     flips: Tensor  # bool `[V, B]`: the crop was mirrored
+    labels: Tensor | None = None  # class of each picture, int64 `[B]`, for supervised training alone
 
     def __len__(self) -> int:
         return len(self.images)
@@ -196,7 +197,8 @@ class Views:
     def split(self, parts: int) -> list["Views"]:
         "The same views of so many equal shares of the pictures, in order."
         shares = zip(*(x.chunk(parts) for x in self.images)), self.boxes.chunk(parts, 1), self.flips.chunk(parts, 1)
-        return [Views(list(images), boxes, flips) for images, boxes, flips in zip(*shares)]
+        labels = [None] * parts if self.labels is None else self.labels.chunk(parts)
+        return [Views(list(images), boxes, flips, label) for images, boxes, flips, label in zip(*shares, labels)]
 
 # %% ../nbs/02_augment.ipynb #dataclass-frozen-true-2
 @dataclass(frozen=True)

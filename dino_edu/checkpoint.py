@@ -73,7 +73,7 @@ def _settle(folder: Path) -> None:
             os.close(place)
 
 # %% ../nbs/08b_checkpoint.ipynb #format-1-of-checkpoints-and-encoders-a-r
-FORMAT = 2  # of checkpoints; a reader refuses what it does not know
+FORMAT = 3  # of checkpoints; a reader refuses what it does not know
 WATCHING = ("evaluations", "log_every", "save_every")  # fields of a recipe that change what is seen of a run, not the run
 
 

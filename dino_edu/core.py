@@ -18,15 +18,18 @@ from time import perf_counter
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dino_edu
 
 # %% ../nbs/00_core.ipynb #def-softmax-x-tensor-logits-k
 def softmax(x: Tensor, # logits, `[..., K]`
-    tau: float = 1.0, # temperature: below 1 sharpens, above 1 flattens
+    tau: float = 1.0, # temperature: below 1 sharpens, above 1 flattens, 0 leaves the largest alone
 ) -> Tensor: # probabilities, `[..., K]`
     "Softmax of `x / tau` over the last axis (paper, equation 1)."
+    if tau == 0:
+        return F.one_hot(x.argmax(-1), x.shape[-1]).to(x.dtype)
     return torch.softmax(x / tau, dim=-1)
 
 # %% ../nbs/00_core.ipynb #def-log-softmax-x-tensor-logits-k

@@ -26,7 +26,8 @@ from .core import gather_rows, keys, mean_over_ranks, pick_device, rank, seed_ev
 from .data import Pictures
 from .recipe import Recipe, method
 from .run import Run, plot_curves, progress, summarize, tell
-from .score import pixel_knn, score
+from .score import features, pixel_knn, score
+from .tally import Tally, effective_rank, spread
 from .train import batches, optimizer, report, steps_per_epoch, total_steps, train
 from .vit import SIZES
 
@@ -72,14 +73,15 @@ def fit(recipe: Recipe, # what to run
     tensorboard: bool = False, # events for TensorBoard beside the log, where it is installed
     say: Callable[[str], None] = tell, # where a line about every evaluation goes
     workers: int = 0, # processes that fetch pictures ahead, see `train.batches`
+    gallery: Pictures | None = None, # labelled pictures that vote in k-NN; None: those that it learns from
 ) -> dict: # the summary, also in summary.json
     "Train, evaluate, log and save: a run from start to end, or from where it was interrupted. `Interrupted` after SIGINT or SIGTERM."
-    run, place = Run(out, tensorboard), pick_device(device)
+    run, place, gallery = Run(out, tensorboard), pick_device(device), gallery or train_set
     total = total_steps(recipe, len(train_set))
     model, opt, start, seconds = _begin(run, recipe, train_set, seed, place)
-    judge = _judge(model, train_set, val_set, recipe, place)
+    judge = _judge(model, train_set, gallery, val_set, recipe, place)
     if start == 0:
-        run.log(i=0, **_untrained(judge()), **_pixels(train_set, val_set))
+        run.log(i=0, **_untrained(judge()), **_pixels(gallery, val_set))
         say(f"before training: {_words(run.lines()[-1:]) or 'nothing to score on, which needs labels of two classes or more'}")
     marks = {round(total * (n + 1) / recipe.evaluations) for n in range(recipe.evaluations)} | {total}
     stream = batches(train_set, recipe, seed, place, start, workers)
@@ -90,13 +92,13 @@ def fit(recipe: Recipe, # what to run
         for step in progress(steps, total, start):
             seconds += time.perf_counter() - tick
             if step.i % recipe.log_every == 0:
-                run.log(**report(step, recipe, model, seconds))
+                run.log(**report(step, recipe, model, seconds), **model.tally.read())
             if step.i in marks:
                 run.log(i=step.i, **judge(linear=linear and step.i == total))
                 say(f"step {step.i} of {total}: loss {step.loss.item():.3f}  {_words(run.lines()[-1:])}")
             signum = asked()
             if signum or step.i in marks or (recipe.save_every and step.i % recipe.save_every == 0):
-                save_checkpoint(run.checkpoint, model, opt, recipe, seed, step.i, seconds=seconds)
+                save_checkpoint(run.checkpoint, model, opt, recipe, seed, step.i, seconds=seconds, tally=model.tally.sums)
             if step.i in marks:
                 _keep_best(run, step.i)
             if signum and step.i < total:
@@ -117,10 +119,12 @@ def _begin(run: Run, recipe: Recipe, train_set: Pictures, seed: int, place: torc
     if recipe.accumulate > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         warnings.warn("BatchNorm sees one part of the batch at a time, so accumulate is not the same as the whole batch here", stacklevel=3)
     opt = optimizer(model, recipe)
+    model.tally = Tally(min(4 * recipe.out_dim, 8192), probabilities=recipe.loss == "cross_entropy")
     step, seconds = 0, 0.0
     if run.checkpoint.exists():
         state = load_checkpoint(run.checkpoint)
         step, seconds = restore(state, model, opt, recipe, seed), state["seconds"]
+        model.tally.sums = {name: value.to(place) for name, value in state["tally"].items()}
     if mean_over_ranks(torch.tensor(float(step))) != step:
         raise ValueError(f"the processes do not see the same {run.checkpoint}: the output folder must be one that all nodes share")
     run.rewind(step if step else -1)
@@ -158,16 +162,18 @@ def _keep_best(run: Run, step: int) -> None:
         keep(run.checkpoint, "best.pt")
 
 # %% ../nbs/09a_fit.ipynb #judge
-def _judge(model: nn.Module, train_set: Pictures, val_set: Pictures | None, recipe: Recipe, place: torch.device):
-    "A function that scores teacher and student as far as labels and masks allow."
+def _judge(model: nn.Module, train_set: Pictures, gallery: Pictures, val_set: Pictures | None, recipe: Recipe, place: torch.device):
+    "A function that scores teacher and student as far as labels and masks allow, and looks for a collapse of the features."
+    some = train_set.subset(torch.arange(min(len(train_set), 1024)))
     def judge(linear: bool = False) -> dict[str, float]:
         metrics = {}
         if _labelled(val_set):
-            metrics |= score(model.encoders(), train_set, val_set, recipe.global_size, place, linear=linear)
+            metrics |= score(model.encoders(), gallery, val_set, recipe.global_size, place, linear=linear)
         if val_set is not None and val_set.masks is not None and recipe.encoder in SIZES:
             net = model.encoders()["teacher"]
             metrics["attention_teacher"] = attention_score(net, val_set, recipe.global_size, place)["inside"]
-        return metrics
+        found = features(model.encoders()["teacher"], some, recipe.global_size, place)
+        return metrics | dict(rank_teacher=effective_rank(found), spread_teacher=spread(found))
     return judge
 
 
@@ -188,8 +194,9 @@ def _labelled(pictures: Pictures | None) -> bool:
 
 
 def _words(lines: list[dict]) -> str:
-    "The metrics of the last log line; empty if there are none."
-    return ", ".join(f"{name.replace('_', ' ')} {value:.1f} %" for line in lines[-1:] for name, value in line.items() if name != "i")
+    "The accuracies of the last log line; empty if there are none."
+    shares = {name: value for line in lines[-1:] for name, value in line.items() if name.startswith(("knn", "linear", "attention"))}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.1f} %" for name, value in shares.items())
 
 # %% ../nbs/09a_fit.ipynb #finish
 def _finish(run: Run, model: nn.Module, recipe: Recipe, train_set: Pictures, place: torch.device, seed: int, total: int, seconds: float) -> dict:

@@ -9,7 +9,7 @@ __all__ = ['steps_per_epoch', 'total_steps', 'batches', 'optimizer', 'set_schedu
 # %% ../nbs/09_train.ipynb #imports
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -57,7 +57,8 @@ def batches(pictures: Pictures, # what to learn from
         fetched = prefetched(pictures, plan, workers, pin=device.type == "cuda")
     for step, (images, sizes, index) in enumerate(fetched, start):
         chance = keys(seed, step // per_epoch, index)
-        yield augment(*(x.to(device, non_blocking=True) for x in (images, sizes, chance)))
+        views = augment(*(x.to(device, non_blocking=True) for x in (images, sizes, chance)))
+        yield views if pictures.labels is None else replace(views, labels=pictures.labels[index].to(device))
 
 
 def _plan(n: int, recipe: Recipe, seed: int, start: int) -> Iterator[Tensor]:
