@@ -10,13 +10,12 @@ __all__ = ['GALLERY', 'LABORATORY', 'hold_out', 'judge', 'run_row', 'curves', 'J
 import hashlib
 import json
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def run_row(recipe: Recipe, # the row's
     metrics |= watched | signs | judge(_trained(recipe, folder, len(train)).to(place).encoders(), train, val, recipe.global_size, place)
     return summary | dict(metrics=metrics, memory_mib=_peak(place), curves=curves(Run(folder).lines()), n_val=len(val))
 
-
+# %% ../nbs/09e_laboratory.ipynb #run-row-helpers
 GALLERY = 1000  # pictures that vote while a run goes on
 
 
@@ -113,6 +112,7 @@ def _peak(place: torch.device) -> float:
     "Most memory that this process has held, in MiB: the GPU's, or else all of it."
     if place.type == "cuda":
         return round(torch.cuda.max_memory_allocated(place) / 2**20, 1)
+    import resource   # not there on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
@@ -125,7 +125,7 @@ def curves(lines: list[dict], # of a run's log
     found = {name: [(line["i"], float(f"{line[name]:.4g}")) for line in lines if name in line] for name in names}
     return {name: pairs[:: -(-len(pairs) // points)] for name, pairs in found.items() if pairs}
 
-# %% ../nbs/09e_laboratory.ipynb #jobs
+# %% ../nbs/09e_laboratory.ipynb #job
 @dataclass(frozen=True)
 class Job:
     "One run of a table."
@@ -136,7 +136,7 @@ class Job:
     seed: int  # of the run
     folder: Path  # where it runs
 
-
+# %% ../nbs/09e_laboratory.ipynb #plan
 def plan(base: Recipe, # what all rows start from
     table: str, # its name
     rows: Mapping[str, Row], # of the table
@@ -160,7 +160,7 @@ def _known(recipe: Mapping) -> dict:
     full = asdict(override(Recipe(), **recipe)) | dict(data=Path(recipe["data"]).name)
     return json.loads(json.dumps({name: value for name, value in full.items() if name not in WATCHING}))
 
-
+# %% ../nbs/09e_laboratory.ipynb #find
 def find(rows: Iterable[dict], # lines of rows.jsonl
     recipe: Recipe, # what was asked
     seed: int | None = None, # None: any
@@ -177,6 +177,7 @@ def run_jobs(jobs: list[Job], # what to run, those that are finished left out
     slots: int, # how many at a time
     device: str = "auto", # auto, cpu, cuda
     cache: Path | None = None, # for decoded pictures
+    idle: Callable[[list[Job]], None] = lambda running: None, # called twice a second with the jobs that run
 ) -> Iterator[tuple[Job, dict]]: # each as it is finished; of a run that broke, `error` alone
     "Run jobs side by side, each in a process of its own. SIGINT or SIGTERM: all write their checkpoints, then `Interrupted`."
     waiting, running, free = list(jobs), {}, list(range(slots))
@@ -186,7 +187,8 @@ def run_jobs(jobs: list[Job], # what to run, those that are finished left out
                 while waiting and free and not asked():
                     job, slot = waiting.pop(0), free.pop(0)
                     running[_start(job, slot, slots, device, cache)] = job, slot
-                time.sleep(0.2)
+                idle([job for job, _ in running.values()])
+                time.sleep(0.5)
                 for process in [p for p in running if p.poll() is not None]:
                     job, slot = running.pop(process)
                     free.append(slot)
@@ -200,7 +202,7 @@ def run_jobs(jobs: list[Job], # what to run, those that are finished left out
             for process in running:
                 process.wait()
 
-
+# %% ../nbs/09e_laboratory.ipynb #run-jobs-helpers
 def _start(job: Job, slot: int, slots: int, device: str, cache: Path | None) -> subprocess.Popen:
     "A process for one run, which gets its share of the cores, or one of the GPUs."
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -209,6 +211,7 @@ def _start(job: Job, slot: int, slots: int, device: str, cache: Path | None) -> 
     place = f"cuda:{slot % gpus}" if gpus else "cpu" if device == "auto" else device
     asked = dict(recipe=asdict(job.recipe), seed=job.seed, folder=str(job.folder), device=place, cache=cache and str(cache), threads=threads)
     (job.folder / "job.json").write_text(json.dumps(asked))
+    (job.folder / "result.json").unlink(missing_ok=True)
     environment = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join([str(Path(dino_edu.__file__).parents[1]), *sys.path]))
     with open(job.folder / "output.txt", "a") as output:
         return subprocess.Popen([sys.executable, "-m", "dino_edu.laboratory", str(job.folder / "job.json")], stdout=output, stderr=subprocess.STDOUT,
@@ -244,41 +247,53 @@ def run_table(base: Recipe, # what all rows start from
     seeds: Sequence[int], # of the runs
     out: Path, # folder of rows.jsonl
     runs: Path = Path("runs/ablate"), # folder of all runs
-    slots: int | None = None, # how many at a time; None: one for each core, or for each GPU
+    slots: int | None = None, # how many at a time; None: one for each GPU, or else for each core
     device: str = "auto", # auto, cpu, cuda
     cache: Path | None = None, # for decoded pictures
-    say: Callable[[str], None] = tell, # where progress goes
+    say: Callable[[str], None] = tell, # where a line about every finished run goes
 ) -> list[dict]: # the lines of rows.jsonl that belong to the table
     "Run what is missing of a table. ValueError at the end names the runs that broke; those that were finished are kept."
     file, code, broken = Path(out) / "rows.jsonl", commit(), []
     Path(out).mkdir(parents=True, exist_ok=True)
     jobs = plan(base, table, rows, seeds, Path(runs))
-    missing = list({job.folder: job for job in jobs if not find(read_rows(file), job.recipe, job.seed)}.values())
-    slots = slots or torch.cuda.device_count() or os.cpu_count() or 1
+    finished = read_rows(file)
+    missing = list({job.folder: job for job in jobs if not find(finished, job.recipe, job.seed)}.values())
+    slots = slots or (0 if device == "cpu" else torch.cuda.device_count()) or os.cpu_count() or 1
     say(f"{table}: {len(jobs)} runs, {len(jobs) - len(missing)} of them finished before, {min(slots, max(1, len(missing)))} at a time")
     began = time.monotonic()
-    for done, (job, result) in enumerate(run_jobs(missing, slots, device, cache), 1):
-        if "error" in result:
-            broken.append(result["error"])
-        else:
-            more = {name: result[name] for name in ("failed", "curves", "memory_mib", "n_val") if name in result}
-            record(file, result, table, job.row, preset, job.changes, code, **more)
-            shutil.rmtree(job.folder, ignore_errors=True)   # a row keeps all that is quoted
-        left = (time.monotonic() - began) / done * (len(missing) - done) / 60
-        say(f"{done} of {len(missing)}: {job.row}, seed {job.seed}: {_said(result)}; about {left:.0f} min to go")
+    with _bar(table, len(missing)) as idle:
+        for done, (job, result) in enumerate(run_jobs(missing, slots, device, cache, idle), 1):
+            if "error" in result:
+                broken.append(result["error"])
+            else:
+                _keep(file, job, result, preset, code)
+            left = (time.monotonic() - began) / done * (len(missing) - done) / 60
+            say(f"{done} of {len(missing)}: {job.row}, seed {job.seed}: {_said(result)}; about {left:.0f} min to go")
     if broken:
         raise ValueError("\n".join([f"{len(broken)} of {len(jobs)} runs broke, the others are kept:", *broken]))
-    lines = read_rows(file)
-    return [line | dict(row=job.row, table=table) for job in jobs for line in find(lines, job.recipe, job.seed)[:1]]
+    finished = read_rows(file)
+    return [line | dict(row=job.row, table=table) for job in jobs for line in find(finished, job.recipe, job.seed)[:1]]
 
 
-def read_rows(file: Path | str) -> list[dict]:
-    "The lines of a rows.jsonl; none if there is no such file. ValueError names a line that is broken."
+def _keep(file: Path, job: Job, result: dict, preset: str, code: str | None) -> None:
+    "A finished run becomes a row; its checkpoints can go, its log and encoder stay."
+    more = {name: result[name] for name in ("failed", "curves", "memory_mib", "n_val") if name in result}
+    record(file, result, job.table, job.row, preset, job.changes, code, **more)
+    for checkpoint in job.folder.glob("*.pt"):
+        checkpoint.unlink()
+
+# %% ../nbs/09e_laboratory.ipynb #run-table-helpers
+def read_rows(file: Path | str, # a rows.jsonl
+) -> list[dict]: # its lines
+    "What was measured before; nothing if there is no such file. ValueError names a line that is broken."
     lines = Path(file).read_text().splitlines() if Path(file).exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} has a line that is no JSON ({error}): repair it or take it out") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {file} is no JSON ({error}): repair it or take it out") from error
+    return found
 
 
 def _said(result: dict) -> str:
@@ -286,6 +301,26 @@ def _said(result: dict) -> str:
     if "error" in result or "failed" in result:
         return result.get("error") or result["failed"]
     return f"k-NN {result['metrics']['knn_teacher']:.1f} % (student {result['metrics']['knn_student']:.1f} %), {result['seconds']:.0f} s"
+
+
+@contextmanager
+def _bar(table: str, total: int) -> Iterator[Callable[[list[Job]], None]]:
+    "A bar of runs on a terminal, which moves while they go on; nothing elsewhere."
+    if not sys.stderr.isatty():
+        yield lambda running: None
+        return
+    from tqdm import tqdm
+    with tqdm(total=total, unit="run", desc=table, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} + {remaining}") as bar:
+        parts: dict[Path, float] = {}
+
+        def idle(running: list[Job]) -> None:
+            for job in running:
+                lines = Run(job.folder).lines()
+                parts[job.folder] = lines[-1].get("t", parts.get(job.folder, 0.0)) if lines else 0.0
+            active = {job.folder for job in running}
+            bar.n = sum(part if folder in active else 1.0 for folder, part in parts.items())
+            bar.refresh()
+        yield idle
 
 # %% ../nbs/09e_laboratory.ipynb #main
 if __name__ == "__main__" and "__file__" in globals():   # a process of `run_jobs`, not the notebook

@@ -74,17 +74,17 @@ def teacher() -> dict[str, Row]:
         momentum=Row({}, 72.8),
     )
 
-
+# %% ../nbs/09d_rows.ipynb #without-bn
 def without_bn(rows: dict[str, Row]) -> dict[str, Row]:
     "The same rows without BatchNorm in the head, which can hide a collapse."
     return {f"{name}_no_bn": replace(row, changes=row.changes | dict(head_bn=False)) for name, row in rows.items()}
 
-
+# %% ../nbs/09d_rows.ipynb #refresh
 def refresh() -> dict[str, Row]:
     "A teacher that is a copy of the student, made anew every so many steps."
     return {f"every_{n}": Row(dict(teacher="previous_epoch", teacher_every=n) if n > 1 else dict(teacher="student_copy")) for n in (1, 10, 75, 300)}
 
-
+# %% ../nbs/09d_rows.ipynb #5431630d
 def corners(base: Recipe) -> dict[str, Row]:
     "Figure 7: centering and sharpening, each on and off. Off means a center that stays 0, or a teacher no sharper than the student."
     off, flat = dict(center_momentum=1.0), _constant(base.student_temperature)
@@ -95,7 +95,7 @@ def _constant(temperature: float) -> dict:
     "A teacher temperature without warm-up."
     return dict(teacher_temperature=temperature, warmup_teacher_temperature=temperature)
 
-# %% ../nbs/09d_rows.ipynb #sweeps
+# %% ../nbs/09d_rows.ipynb #568f4c6a
 def sweeps(base: Recipe) -> dict[str, dict[str, Row]]:
     "The paper's sweeps (section 5 and appendix; mostly 100 epochs). What depends on a size is taken relative to the base's."
     share = dict(zip((1 / 64, 1 / 16, 1 / 4, 1, 4), (67.8, 69.3, 69.2, 69.7, 69.1)))   # of 65,536
@@ -119,7 +119,7 @@ def sweeps(base: Recipe) -> dict[str, dict[str, Row]]:
         backbone=dict(vit=Row({}, 72.8, 76.1), resnet=Row(dict(encoder="resnet18"), 65.6, 74.5, "ResNet-18 for ResNet-50; the base's optimiser")),
     )
 
-# %% ../nbs/09d_rows.ipynb #tables
+# %% ../nbs/09d_rows.ipynb #e618f3b8
 def tables(base: Recipe) -> dict[str, dict[str, Row]]:
     "Every table by name."
     return dict(
