@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GALLERY', 'LABORATORY', 'hold_out', 'judge', 'run_row', 'curves', 'Job', 'plan', 'find', 'run_jobs', 'work',
-           'run_table', 'read_rows']
+           'run_table', 'read_rows', 'forecast']
 
 # %% ../nbs/09e_laboratory.ipynb #imports
 import hashlib
@@ -26,6 +26,7 @@ import dino_edu
 from .checkpoint import WATCHING, load_checkpoint, write_atomically
 from .core import permutation, pick_device, seed_everything
 from .data import Pictures, load
+from .estimate import estimate
 from .fit import Interrupted, fit, noted_signals
 from .recipe import Recipe, method, override
 from .rows import Row, tables
@@ -116,7 +117,7 @@ def _peak(place: torch.device) -> float:
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
-# %% ../nbs/09e_laboratory.ipynb #curves
+# %% ../nbs/09e_laboratory.ipynb #def-curves
 def curves(lines: list[dict], # of a run's log
     points: int = 24, # at most
 ) -> dict[str, list]: # of each name, pairs of step and value
@@ -144,9 +145,10 @@ def plan(base: Recipe, # what all rows start from
     runs: Path, # folder of all runs
 ) -> list[Job]:
     "Every run of a table, seed by seed, so that an unfinished table has whole seeds."
-    where = runs / _slug(base)
-    return [Job(table, name, override(base, **row.changes), row.changes, seed, where / _slug(override(base, **row.changes), name) / str(seed))
-            for seed in seeds for name, row in rows.items()]
+    base = override(base, average=True)   # where the teacher is none, there is something beside it to score
+    recipes = {name: override(base, **row.changes) for name, row in rows.items()}
+    return [Job(table, name, recipe, rows[name].changes, seed, runs / _slug(base) / _slug(recipe, name) / str(seed))
+            for seed in seeds for name, recipe in recipes.items()]
 
 
 def _slug(recipe: Recipe, name: str = "") -> str:
@@ -321,6 +323,16 @@ def _bar(table: str, total: int) -> Iterator[Callable[[list[Job]], None]]:
             bar.n = sum(part if folder in active else 1.0 for folder, part in parts.items())
             bar.refresh()
         yield idle
+
+
+def forecast(base: Recipe, # what all rows start from
+    rows: Mapping[str, Row], # of a table
+    seeds: Sequence[int], # of the runs
+    device: str = "auto", # auto, cpu, cuda
+) -> str:
+    "How many runs there are, and how long one of them would take by itself, measured in a few steps."
+    pictures = load(base.data, base.picture_size, base.in_chans)[0]
+    return f"{len(rows)} rows ({', '.join(rows)}) with seeds {list(seeds)}; a run of the base: {estimate(base, pictures, device)}"
 
 # %% ../nbs/09e_laboratory.ipynb #main
 if __name__ == "__main__" and "__file__" in globals():   # a process of `run_jobs`, not the notebook

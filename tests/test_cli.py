@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dino_edu.bench import table
-from dino_edu.cli import Attention, Bench, Demo, Score, Training, before_and_after, find_encoder, main, plan
+from dino_edu.cli import Ablate, Attention, Bench, Demo, Score, Training, before_and_after, find_encoder, main, plan
 from dino_edu.data import load
 from dino_edu.recipe import override, shapes
 
@@ -42,7 +42,7 @@ def test_module_is_a_command():
     assert done.returncode == 0 and "linear probe" in done.stdout
 
 
-@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Score, ["score"]), (Attention, ["attention"]), (Demo, ["demo"])])
+@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Demo, ["demo"])])
 def test_every_option_has_a_help_text(command, words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--help"])
@@ -147,3 +147,15 @@ def test_bench_without_a_preset(one_arrangement, tmp_path, capsys):
     assert "ratio" in printed and "teacher forward" in printed
     alone = {key: value for key, value in result.items() if key not in ("plain", "ratio", "ratios")}
     assert "ratio" not in table(alone) and "% of the" in table(alone)
+
+
+def test_ablate_names_what_there_is():
+    assert "no table 'componnt': it is one of component, " in refused("ablate", "componnt")
+    assert "no row in component 'byo'" in refused("ablate", "component", "--rows", "byo")
+    assert "no preset 'shape'" in refused("ablate", "component", "--base", "shape")
+
+
+def test_ablate_dry_run(tmp_path, capsys):
+    main(["ablate", "teacher", "--data", "shapes:60", "--seeds", "2", "--dry-run", "--out", str(tmp_path)])
+    assert "4 rows (student_copy, previous_iteration, previous_epoch, momentum) with seeds [100, 101]" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
