@@ -37,14 +37,17 @@ readme: $(TOOLS)  ## write README.md from nbs/index.ipynb
 	  --TagRemovePreprocessor.remove_input_tags=hide-input
 	sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9a-z_]+\.ipynb|images/)#](nbs/\1#g' build/README.md > README.md
 
-# Papermill writes to build/, so that a run which fails leaves the notebook as it was. It gives every cell a list of tags: the empty ones go.
+# Papermill writes to build/, so that a run which fails leaves the notebook as it was. It gives every cell a list of tags: the empty ones go,
+# and so does the state of widgets, which nobody can move on a page.
 full: $(TOOLS)  ## run notebooks in the full profile and keep their outputs: make full NB=06
 	@test -n "$(NB)" || { echo "Which notebook? For example: make full NB=06"; exit 1; }
 	@mkdir -p build
 	set -e; for path in nbs/$(NB)*.ipynb; do name=$$(basename $$path); \
 	  $(BIN)/papermill $$path build/$$name -p profile $(PROFILE) --cwd nbs; \
 	  $(BIN)/jupyter nbconvert --to notebook --output-dir nbs --output $$name build/$$name \
-	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=injected-parameters; \
+	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=injected-parameters \
+	    --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
+	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec; \
 	  $(BIN)/nbdev_clean --fname $$path; \
 	  perl -0pi -e 's/\{\s*"tags": \[\]\s*\}/{}/g' $$path; done
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'WATCHING', 'ENCODER_FORMAT', 'write_atomically', 'save_checkpoint', 'load_checkpoint', 'restore', 'keep',
-           'save_encoder', 'load_encoder']
+           'save_encoder', 'load_encoder', 'find_encoder']
 
 # %% ../nbs/08b_checkpoint.ipynb #import-json
 import json
@@ -25,8 +25,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import __version__
-from .core import gather_rows, keys, rank
-from .recipe import Recipe, encoder, override
+from .core import asset, gather_rows, keys, rank
+from .recipe import Recipe, encoder, remembered
 
 # %% ../nbs/08b_checkpoint.ipynb #def-write-atomically-path-path-the-file-
 def write_atomically(path: Path, # the file wanted
@@ -213,9 +213,8 @@ def load_encoder(path: Path) -> tuple[nn.Module, Recipe]:
         raise ValueError(f"{path} holds no recipe, so it was not written by dino_edu: load its weights with dino_edu.vit.load_weights")
     if metadata.get("format") != str(ENCODER_FORMAT):
         raise ValueError(f"{path} has format {metadata.get('format')} (dino_edu {metadata.get('version')}), and this version reads {ENCODER_FORMAT}")
-    fields = json.loads(metadata["recipe"])   # JSON has no tuples, and a recipe has no lists
     try:
-        recipe = override(Recipe(), **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        recipe = remembered(json.loads(metadata["recipe"]))
     except ValueError as error:
         raise ValueError(f"{path} was written by another version of dino_edu: {error}") from error
     net = encoder(recipe)
@@ -233,3 +232,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is broken, or no safetensors file: {error}") from error
+
+# %% ../nbs/08b_checkpoint.ipynb #find-encoder
+def find_encoder(name: str | Path, # a shipped encoder, a run's folder, or a file
+) -> tuple[nn.Module, Recipe]: # in evaluation mode
+    "Load an encoder, and its recipe; FileNotFoundError says where it was looked for."
+    path = Path(name)
+    if path.is_dir():
+        path = path / "encoder.safetensors"
+    if not path.exists() and path.suffix != ".safetensors":
+        path = asset(f"{name}.safetensors")
+    if not path.exists():
+        raise FileNotFoundError(f"no encoder at {path}")
+    return load_encoder(path)

@@ -28,7 +28,7 @@ from .core import permutation, pick_device, seed_everything
 from .data import Pictures, load
 from .estimate import estimate
 from .fit import Interrupted, fit, noted_signals
-from .recipe import Recipe, method, override
+from .recipe import Recipe, method, override, remembered
 from .rows import Row, tables
 from .run import Run, commit, record, tell
 from .score import features, knn, linear_probe, pixel_knn
@@ -233,8 +233,7 @@ def work(file: Path | str) -> None:
     "What such a process does: read its job, run it, leave result.json."
     asked = json.loads(Path(file).read_text())
     torch.set_num_threads(asked["threads"])
-    recipe = override(Recipe(), **{name: tuple(value) if isinstance(value, list) else value for name, value in asked["recipe"].items()})
-    folder = Path(asked["folder"])
+    recipe, folder = remembered(asked["recipe"]), Path(asked["folder"])
     try:
         result = run_row(recipe, asked["seed"], folder, asked["device"], asked["cache"])
     except Interrupted as stopped:

@@ -1,6 +1,7 @@
 """The command as the shell sees it: exit status, output, help, bad input."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,9 +10,11 @@ import pytest
 from PIL import Image
 
 from dino_edu.bench import table
-from dino_edu.cli import Ablate, Attention, Bench, Demo, Score, Training, before_and_after, find_encoder, main, plan
+from dino_edu.checkpoint import find_encoder
+from dino_edu.cli import Ablate, Attention, Bench, Demo, Diagnose, Score, Training, before_and_after, main, plan
 from dino_edu.data import load
-from dino_edu.recipe import override, shapes
+from dino_edu.recipe import method, override, shapes
+from dino_edu.run import recipe_of
 
 TRAIN = ["train", "shapes", "--data", "shapes:100", "--steps", "2", "--evaluations", "1", "--batch", "16"]
 
@@ -72,6 +75,36 @@ def test_plan_finds_what_would_fail(tmp_path):
         plan(override(shapes(), encoder="vit_nono"), *load("shapes:100"), tmp_path, "cpu")
     with pytest.raises(ValueError, match="optimizer 'adam'"):
         plan(override(shapes(), optimizer="adam"), *load("shapes:100"), tmp_path, "cpu")
+
+
+def test_diagnose(run, tmp_path, capsys):
+    "A run too short to say anything about, its recipe from either file; then one whose targets have gone flat, said by `train` itself."
+    assert Diagnose(run)() is None and "nothing found" in capsys.readouterr().out
+    (tmp_path / "going").mkdir()
+    shutil.copy(run / "last.pt", tmp_path / "going")
+    assert recipe_of(tmp_path / "going") == recipe_of(run) == override(shapes(), data="shapes:100", steps=2, evaluations=1, batch=16)
+    flat = "train shapes --data shapes:200 --steps 80 --evaluations 1 --n-local 0 --out-dim 64 --no-head-bn --teacher-temperature 1 --warmup-teacher-temperature 1"
+    main([*flat.split(), "--global-size", "16", "--patch-size", "8", "--stem", "patch", "--teacher-temperature-warmup", "0", "--out", str(tmp_path / "flat")])
+    said = capsys.readouterr().out
+    assert "diagnosis: Uniform collapse" in said and "no sharper than the student's own answers" in said
+    main(["diagnose", str(tmp_path / "flat")])
+    assert capsys.readouterr().out.startswith("Uniform collapse")
+    (tmp_path / "flat" / "summary.json").unlink()
+    (tmp_path / "flat" / "last.pt").unlink()
+    assert "neither summary.json nor last.pt" in refused("diagnose", str(tmp_path / "flat"))
+    assert f"no log.jsonl in {tmp_path / 'none'}" in refused("diagnose", str(tmp_path / "none"))
+
+
+def test_a_lost_run_is_diagnosed(tmp_path, capsys, monkeypatch):
+    "A temperature so small that logits divided by it are infinite: what chapter 11 says comes before the line that ends the command."
+    monkeypatch.setattr("dino_edu.fit.method", lambda *args: overheated(method(*args)))
+    assert "the loss of step" in refused(*TRAIN, "--out", str(tmp_path / "lost"))
+    assert "diagnosis: Lost: the loss of step 1 is nan" in capsys.readouterr().out
+
+
+def overheated(net):
+    net.loss.student_temperature = 1e-45
+    return net
 
 
 def test_score(run, tmp_path, capsys):
