@@ -122,7 +122,8 @@ def curves(lines: list[dict], # of a run's log
     points: int = 24, # at most
 ) -> dict[str, list]: # of each name, pairs of step and value
     "The few points of a log that a figure needs, to be kept with the row."
-    names = ("loss", "target_entropy", "mean_target_entropy", "kl", "collapse_index", "gradient_norm", "knn_teacher", "knn_student", "knn_ema", "rank_teacher")
+    names = ("loss", "target_entropy", "mean_target_entropy", "kl", "collapse_index", "center_norm", "gradient_norm",
+             "knn_teacher", "knn_student", "knn_ema", "rank_teacher")
     found = {name: [(line["i"], float(f"{line[name]:.4g}")) for line in lines if name in line] for name in names}
     return {name: pairs[:: -(-len(pairs) // points)] for name, pairs in found.items() if pairs}
 

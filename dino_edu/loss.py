@@ -143,7 +143,7 @@ class CrossEntropy(Loss):
         _check(student, target)
         loss = _Pairs.apply(student, target, self.student_temperature)
         if self.watch:
-            self.seen = _distributions(target, loss.detach())
+            self.seen = _distributions(target, loss.detach()) | _center_norm(self.targets)
         return loss
 
     def after_step(self) -> None:
@@ -162,6 +162,11 @@ def _distributions(target: Tensor, loss: Tensor) -> dict[str, Tensor]:
     "The targets of all ranks: mean entropy, entropy of the mean, and KL(teacher || student) = loss - entropy, in nats."
     h, mean = mean_over_ranks(entropy(target).mean()), mean_over_ranks(target.flatten(0, 1).mean(0))
     return dict(target_entropy=h, mean_target_entropy=entropy(mean), kl=mean_over_ranks(loss) - h)
+
+
+def _center_norm(targets: nn.Module) -> dict[str, Tensor]:
+    "Length of the center, where there is one."
+    return dict(center_norm=targets.center.norm()) if isinstance(targets, Centering) else {}
 
 # %% ../nbs/06_loss.ipynb #torch-no-grad
 @torch.no_grad()

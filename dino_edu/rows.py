@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'KNOBS', 'Row', 'component', 'component_extra', 'teacher', 'without_bn', 'refresh', 'corners', 'suspects',
-           'sweeps', 'tables', 'select', 'named', 'trials']
+           'sweeps', 'trials', 'tables', 'select', 'named']
 
 # %% ../nbs/09d_rows.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -129,6 +129,25 @@ def sweeps(base: Recipe) -> dict[str, dict[str, Row]]:
         backbone=dict(vit=Row({}, 72.8, 76.1), resnet=Row(dict(encoder="resnet18"), 65.6, 74.5, "ResNet-18 for ResNet-50; the base's optimiser")),
     )
 
+# %% ../nbs/09d_rows.ipynb #trials
+RATES = (0.25, 0.5, 1.0, 2.0)  # times the base's learning rate
+KNOBS = dict(  # each method's own knob, three values
+    dino=[dict(teacher_temperature=tau, warmup_teacher_temperature=tau / 2) for tau in (0.03, 0.04, 0.06)],
+    byol=[dict(momentum=m, momentum_end=(1 + m) / 2) for m in (0.95, 0.98, 0.99)],
+    mocov2=[dict(infonce_temperature=tau) for tau in (0.05, 0.1, 0.2)],
+    swav=[_constant(epsilon) for epsilon in (0.03, 0.05, 0.1)],
+)
+
+
+def trials(base: Recipe, # its learning rate is the middle one
+    method: str, # one of `METHODS`
+) -> dict[str, Row]: # twelve rows
+    "Table B: what is tried for a method before it is compared with another."
+    rows = {}
+    for factor, (number, knob) in product(RATES, enumerate(KNOBS[method])):
+        rows[f"{method}_{factor:g}_{number}"] = Row(METHODS[method] | dict(lr=factor * base.lr) | knob)
+    return rows
+
 # %% ../nbs/09d_rows.ipynb #def-tables
 def tables(base: Recipe) -> dict[str, dict[str, Row]]:
     "Every table by name."
@@ -156,22 +175,3 @@ def named(known: Mapping, # by name
     if name not in known:
         raise ValueError(f"there is no {what} {name!r}: it is one of {', '.join(known)}")
     return known[name]
-
-# %% ../nbs/09d_rows.ipynb #trials
-RATES = (0.25, 0.5, 1.0, 2.0)  # times the base's learning rate
-KNOBS = dict(  # each method's own knob, three values
-    dino=[dict(teacher_temperature=tau, warmup_teacher_temperature=tau / 2) for tau in (0.03, 0.04, 0.06)],
-    byol=[dict(momentum=m, momentum_end=(1 + m) / 2) for m in (0.95, 0.98, 0.99)],
-    mocov2=[dict(infonce_temperature=tau) for tau in (0.05, 0.1, 0.2)],
-    swav=[_constant(epsilon) for epsilon in (0.03, 0.05, 0.1)],
-)
-
-
-def trials(base: Recipe, # its learning rate is the middle one
-    method: str, # one of `METHODS`
-) -> dict[str, Row]: # twelve rows
-    "Table B: what is tried for a method before it is compared with another."
-    rows = {}
-    for factor, (number, knob) in product(RATES, enumerate(KNOBS[method])):
-        rows[f"{method}_{factor:g}_{number}"] = Row(METHODS[method] | dict(lr=factor * base.lr) | knob)
-    return rows
