@@ -111,7 +111,8 @@ def verdict(metrics: dict[str, float], # of `summarize`
         if metrics["entropy_share"] > 0.97:
             return "uniform"
         return "collapsed" if metrics["collapse_index"] < 0.05 else "none"
-    found = [metrics[name] < limit for name, limit in (("rank_teacher", 2), ("spread_teacher", 0.05), ("target_spread", 0.05)) if name in metrics]
+    spread = "target_spread" if "target_spread" in metrics else "spread_teacher"   # a transformer's features share much in good runs too
+    found = [metrics[name] < limit for name, limit in (("rank_teacher", 2), (spread, 0.05)) if name in metrics]
     return "?" if not found else "collapsed" if any(found) else "none"
 
 # %% ../nbs/08c_run.ipynb #plot-curves
