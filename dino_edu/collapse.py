@@ -20,6 +20,7 @@ from .core import full_precision, seed_everything
 from .data import Pictures, load
 from .loss import CrossEntropy
 from .recipe import Recipe, method, override, shapes
+from .rows import constant_temperature
 from .run import summarize, verdict
 from .score import features
 from .tally import Tally, effective_rank, spread
@@ -92,14 +93,9 @@ def _half() -> torch.autocast:
     return torch.autocast("cpu", torch.float16)
 
 # %% ../nbs/11_collapse.ipynb #illnesses
-def _tau(temperature: float) -> dict:
-    "A teacher temperature without warm-up."
-    return dict(teacher_temperature=temperature, warmup_teacher_temperature=temperature)
-
-
 ILLNESSES = {
-    "temperature .08": Illness(_tau(0.08)),
-    "no sharpening": Illness(_tau(0.1)),
+    "temperature .08": Illness(constant_temperature(0.08)),
+    "no sharpening": Illness(constant_temperature(0.1)),
     "no centering": Illness(dict(center_momentum=1.0)),
     "center momentum .999": Illness(dict(center_momentum=0.999)),
     "learning rate x 30": Illness(dict(lr=30 * patient().lr)),
@@ -319,7 +315,7 @@ def live(centering: bool = True, # off: the center stays 0
     "Train a small network now, and show entropy, KL and the diagnosis."
     from matplotlib.figure import Figure
     recipe = patient(steps=steps, head_bn=head_bn, lr=learning_rate * patient().lr, momentum=momentum, momentum_end=momentum,
-                     center_momentum=0.9 if centering else 1.0, **_tau(0.02 if sharpening else 0.1))
+                     center_momentum=0.9 if centering else 1.0, **constant_temperature(0.02 if sharpening else 0.1))
     lines, error = watch(recipe, load("shapes", n=500)[0], seed)
     figure = Figure(figsize=(9, 3.6), dpi=90, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)

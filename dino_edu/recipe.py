@@ -195,7 +195,7 @@ def shapes(base: Recipe = Recipe()) -> Recipe:
 
 # %% ../nbs/08a_recipe.ipynb #preset-shapes-lab
 def shapes_lab(base: Recipe = Recipe()) -> Recipe:
-    "The generated set for tables of many runs: half the batch of `shapes`, two to three minutes a run on one core."
+    "The generated set for tables of many runs: half the batch of `shapes`, two to four minutes a run on a shared core."
     return override(shapes(base),
         data="shapes:6000",   # 15 % of them are held out
         batch=16, lr=0.048,   # the same rate a step as `shapes`: .003
@@ -221,7 +221,7 @@ def imagenette_cpu(base: Recipe = Recipe()) -> Recipe:
 
 # %% ../nbs/08a_recipe.ipynb #preset-imagenette-lab
 def imagenette_lab(base: Recipe = Recipe()) -> Recipe:
-    "Imagenette, smaller still, for tables of many runs: about ten minutes a run on one core. Not tuned."
+    "Imagenette, smaller still, for tables of many runs: eight to seventeen minutes a run on a shared core. Not tuned."
     return override(imagenette_cpu(base),
         picture_size=60, global_size=48, local_size=24, n_local=4, blur_sigma=(0.04, 0.45),
         momentum=0.98, momentum_end=0.995,   # half-life from 34 to 138 steps

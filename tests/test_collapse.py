@@ -87,7 +87,7 @@ def test_a_cosine_loss_without_anything_against_collapse(pictures):
 
 
 def test_features_that_share_much_are_no_collapse():
-    "Signs of a MoCo-v2 run on Imagenette whose k-NN rose from 27.5 to 35.2 %: its outputs differ. Without outputs to ask, the features are asked."
+    "Signs of a MoCo-v2 run on Imagenette that ended at 38.3 % k-NN, 6.8 above untrained: its outputs differ. Without outputs to ask, the features are asked."
     recipe, signs = patient(**METHODS["mocov2"]), dict(rank_teacher=18.6, spread_teacher=0.023)
     lines = [dict(i=i, t=i / 100, loss=5.0) for i in range(10, 101, 10)]
     assert diagnose([*lines, dict(i=100, target_spread=0.91, **signs)], recipe) == []
@@ -95,13 +95,18 @@ def test_features_that_share_much_are_no_collapse():
     assert names(diagnose([*lines, dict(i=100, **signs)], recipe)) == {"collapsed"}
 
 
+def infect(monkeypatch, name):
+    "Let `fit` build methods that have an illness."
+    def ill(*args):
+        net = method(*args)
+        ILLNESSES[name].method(net)
+        return net
+    monkeypatch.setattr(fit_module, "method", ill)
+
+
 def test_in_the_log_of_fit_teacher_and_student_are_one(pictures, tmp_path, monkeypatch):
     "A teacher that is the student, found by `diagnose` in log.jsonl."
-    def aliased(recipe, *rest):
-        net = method(recipe, *rest)
-        ILLNESSES["aliased teacher"].method(net)
-        return net
-    monkeypatch.setattr(fit_module, "method", aliased)
+    infect(monkeypatch, "aliased teacher")
     recipe = patient(evaluations=4, steps=40)
     fit(recipe, *load("shapes", n=300), tmp_path, linear=False, say=str)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -112,11 +117,7 @@ def test_in_the_log_of_fit_teacher_and_student_are_one(pictures, tmp_path, monke
 
 def test_a_fit_that_ends_without_a_number(pictures, tmp_path, monkeypatch):
     "What `fit` raises, and what it had logged until then."
-    def growing(recipe, *rest):
-        net = method(recipe, *rest)
-        ILLNESSES["float16 overflow"].method(net)
-        return net
-    monkeypatch.setattr(fit_module, "method", growing)
+    infect(monkeypatch, "float16 overflow")
     with torch.autocast("cpu", torch.float16), pytest.raises(FloatingPointError) as raised:
         fit(patient(), pictures, None, tmp_path, say=str)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -95,17 +95,23 @@ def test_rows_of_one_seed_start_alike():
 
 
 def test_the_val_split_is_scored_once(tmp_path, monkeypatch):
-    "Every evaluation during the run looks at held-out pictures; val is looked at after the last step (and once before the first)."
+    "Every evaluation during the run looks at held-out pictures; val is judged after the last step, once (and before the first, untrained)."
     import dino_edu.laboratory
-    asked = []
-    original = dino_edu.laboratory.fit
+    asked, judged = [], []
+    original, judge = dino_edu.laboratory.fit, dino_edu.laboratory.judge
 
     def watched(recipe, train, held, *rest, **more):
         asked.append((train, held))
         return original(recipe, train, held, *rest, **more)
+
+    def counted(encoders, train, val, *rest):
+        judged.append((len(asked), val.name))
+        return judge(encoders, train, val, *rest)
     monkeypatch.setattr(dino_edu.laboratory, "fit", watched)
+    monkeypatch.setattr(dino_edu.laboratory, "judge", counted)
     result = run_row(TINY, 1, tmp_path)
     (learnt, held), = asked
+    assert judged == [(1, "shapes val")]   # after fit
     assert held.name == "shapes train" and len(held) == 20 and len(learnt) == 80
     assert result["n_val"] == 20 and {"held_knn_teacher", "knn_teacher", "knn_untrained"} <= result["metrics"].keys()
 
@@ -177,10 +183,6 @@ def command(out, *words):
                             env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
-def unvarying(line):
-    return {name: value for name, value in line["metrics"].items()}
-
-
 def test_a_table_that_is_stopped_goes_on(tmp_path):
     "SIGTERM in mid-run: status 143, both checkpoints written; the same command ends at the rows of an undisturbed one."
     first = command(tmp_path / "stopped")
@@ -194,7 +196,7 @@ def test_a_table_that_is_stopped_goes_on(tmp_path):
         assert done.wait(300) == 0, done.stderr.read()
         text = done.stdout.read()
         assert "2 of 2" in text and str(out / "component.md") in text and (out / "component.png").exists()
-    one, other = ({line["row"]: unvarying(line) for line in read_rows(tmp_path / name / "rows.jsonl")} for name in ("stopped", "straight"))
+    one, other = ({line["row"]: line["metrics"] for line in read_rows(tmp_path / name / "rows.jsonl")} for name in ("stopped", "straight"))
     assert one == other and one.keys() == {"dino", "no_momentum"}
 
 
