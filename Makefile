@@ -38,7 +38,7 @@ readme: $(TOOLS)  ## write README.md from nbs/index.ipynb
 	sed -E 's#\]\(\.\./#](#g; s#\]\(([0-9a-z_]+\.ipynb|images/)#](nbs/\1#g' build/README.md > README.md
 
 # Papermill writes to build/, so that a run which fails leaves the notebook as it was. It gives every cell a list of tags: the empty ones go,
-# and so does the state of widgets, which nobody can move on a page.
+# and so do widgets with their state: nobody can move them on a page.
 full: $(TOOLS)  ## run notebooks in the full profile and keep their outputs: make full NB=06
 	@test -n "$(NB)" || { echo "Which notebook? For example: make full NB=06"; exit 1; }
 	@mkdir -p build
@@ -46,6 +46,7 @@ full: $(TOOLS)  ## run notebooks in the full profile and keep their outputs: mak
 	  $(BIN)/papermill $$path build/$$name -p profile $(PROFILE) --cwd nbs; \
 	  $(BIN)/jupyter nbconvert --to notebook --output-dir nbs --output $$name build/$$name \
 	    --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=injected-parameters \
+	    --TagRemovePreprocessor.remove_all_outputs_tags=widget \
 	    --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False \
 	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec; \
 	  $(BIN)/nbdev_clean --fname $$path; \

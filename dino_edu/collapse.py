@@ -8,7 +8,7 @@ __all__ = ['ILLNESSES', 'patient', 'Illness', 'watch', 'plot_course', 'Finding',
 # %% ../nbs/11_collapse.ipynb #imports
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -110,6 +110,7 @@ def watch(recipe: Recipe, # usually a `patient`
     pictures: Pictures, # to learn from
     seed: int = 0, # of weights, data order and crops
     illness: Illness = Illness(), # what to spoil
+    show: Callable[[Iterable, int], Iterable] = lambda steps, total: steps, # passes the steps through, for instance `run.progress`
 ) -> tuple[list[dict], str | None]: # lines of a log; why the run broke off, if it did
     "Train, and log what `fit` logs."
     recipe = override(recipe, **illness.changes)
@@ -121,7 +122,7 @@ def watch(recipe: Recipe, # usually a `patient`
     lines, began, every = [], time.perf_counter(), recipe.steps // recipe.evaluations
     try:
         with illness.context():
-            for step in train(net, views, recipe, recipe.steps, optimizer(net, recipe)):
+            for step in show(train(net, views, recipe, recipe.steps, optimizer(net, recipe)), recipe.steps):
                 if step.i % recipe.log_every == 0:
                     lines.append(report(step, recipe, net, time.perf_counter() - began) | net.tally.read())
                 if step.i % every == 0:
@@ -311,12 +312,13 @@ def live(centering: bool = True, # off: the center stays 0
     learning_rate: float = 1.0, # times the patient's
     seed: int = 0, # of weights, data order and crops
     steps: int = 120, # length of the run
+    show: Callable[[Iterable, int], Iterable] = lambda steps, total: steps, # as in `watch`
 ): # a matplotlib Figure
     "Train a small network now, and show entropy, KL and the diagnosis."
     from matplotlib.figure import Figure
     recipe = patient(steps=steps, head_bn=head_bn, lr=learning_rate * patient().lr, momentum=momentum, momentum_end=momentum,
                      center_momentum=0.9 if centering else 1.0, **constant_temperature(0.02 if sharpening else 0.1))
-    lines, error = watch(recipe, load("shapes", n=500)[0], seed)
+    lines, error = watch(recipe, load("shapes", n=500)[0], seed, show=show)
     figure = Figure(figsize=(9, 3.6), dpi=90, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)
     plot_course(left, lines, recipe)
@@ -327,16 +329,50 @@ def live(centering: bool = True, # off: the center stays 0
     right.set(xlabel="step", ylabel="KL(teacher, student) (nats)", ylim=(0, None))
     said = [finding.name for finding in diagnose(lines, recipe, error)]
     figure.suptitle("diagnosis: " + (", ".join(said) or "nothing found"), x=0.01, ha="left")
+    figure.set_label(f"entropies and KL over {recipe.steps} steps; diagnosis: {', '.join(said) or 'nothing found'}")
     return figure
 
 # %% ../nbs/11_collapse.ipynb #explore
 def explore():
-    "The same with switches and sliders (ipywidgets); press the button to train."
+    "The same with switches, sliders and a button to train: an ipywidgets VBox, last in it the `Picker` that shows the figure."
     import ipywidgets
-    return ipywidgets.interactive(
-        live, dict(manual=True, manual_name="train"),
-        centering=True, sharpening=True, head_bn=False,
-        momentum=ipywidgets.FloatSlider(0.98, min=0.0, max=1.0, step=0.01),
-        learning_rate=ipywidgets.FloatLogSlider(1.0, base=2, min=-3, max=5, step=1),
-        seed=ipywidgets.IntSlider(0, min=0, max=9), steps=ipywidgets.IntSlider(120, min=40, max=480, step=40),
+    from dino_edu.picker import Picker, png
+    controls, button = _controls(), ipywidgets.Button(description="train")
+    bar, view = ipywidgets.IntProgress(description="training", **_room()), Picker()
+
+    def counted(steps: Iterable, total: int) -> Iterator:
+        bar.max = total
+        for step in steps:
+            bar.value = step.i
+            yield step
+
+    def press(_):
+        button.disabled = True
+        try:
+            figure = live(**{name: control.value for name, control in controls.items()}, show=counted)
+            with view.hold_sync():
+                view.picture, view.alt, view.caption = png(figure), figure.get_label(), figure.get_label()
+        finally:
+            button.disabled = False
+
+    button.on_click(press)
+    return ipywidgets.VBox([*controls.values(), button, bar, view])
+
+
+def _controls() -> dict:
+    "A switch or a slider for every argument of `live`."
+    from ipywidgets import Checkbox, FloatLogSlider, FloatSlider, IntSlider
+    return dict(
+        centering=Checkbox(True, description="centering"),
+        sharpening=Checkbox(True, description="sharpening"),
+        head_bn=Checkbox(False, description="BatchNorm in the head"),
+        momentum=FloatSlider(0.98, min=0.0, max=1.0, step=0.01, description="momentum", **_room()),
+        learning_rate=FloatLogSlider(1.0, base=2, min=-3, max=5, step=1, description="times the learning rate", **_room()),
+        seed=IntSlider(0, min=0, max=9, description="seed", **_room()),
+        steps=IntSlider(120, min=40, max=480, step=40, description="steps", **_room()),
     )
+
+
+def _room() -> dict:
+    "Enough width for a slider and its name."
+    return dict(layout=dict(width="32em"), style=dict(description_width="11em"))
