@@ -8,14 +8,13 @@ __all__ = ['MEAN', 'STD', 'LUMA', 'resize_matrix', 'blur_matrix', 'resample', 'r
 
 # %% ../nbs/02_augment.ipynb #import-math
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.transforms import v2
 
 from .core import uniform
 
@@ -269,13 +268,14 @@ class TorchvisionMultiCrop(MultiCrop):
         return [transform(picture) for transform in self._transforms]
 
     @cached_property
-    def _transforms(self) -> list[v2.Compose]:
+    def _transforms(self) -> list[Callable[[Image.Image], Tensor]]:
         "A pipeline for every view."
         return [self._pipeline(group["size"], group["scale"], blur_p, solarize_p)
                 for group in self._groups() for blur_p, solarize_p in zip(group["blur_p"], group["solarize_p"])]
 
-    def _pipeline(self, size: int, scale: Sequence[float], blur_p: float, solarize_p: float) -> v2.Compose:
+    def _pipeline(self, size: int, scale: Sequence[float], blur_p: float, solarize_p: float) -> Callable[[Image.Image], Tensor]:
         "Crop and resize, flip, colours, blur, solarise, normalise."
+        from torchvision.transforms import v2   # takes seconds to import
         jitter = v2.RandomApply([v2.ColorJitter(*self.jitter)], self.jitter_p)
         colours = v2.Compose([jitter, v2.RandomGrayscale(self.grey_p)])
         return v2.Compose([

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'WATCHING', 'ENCODER_FORMAT', 'write_atomically', 'save_checkpoint', 'load_checkpoint', 'restore', 'keep',
-           'save_encoder', 'load_encoder', 'find_encoder']
+           'save_encoder', 'load_encoder', 'about_encoder']
 
 # %% ../nbs/08b_checkpoint.ipynb #import-json
 import json
@@ -16,16 +16,16 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from . import __version__
-from .core import asset, gather_rows, keys, rank
+from .core import gather_rows, keys, rank
 from .recipe import Recipe, encoder, remembered
 
 # %% ../nbs/08b_checkpoint.ipynb #def-write-atomically-path-path-the-file-
@@ -108,7 +108,7 @@ def _save_readable(state: dict, path: Path) -> None:
 
 def _versions() -> dict[str, str]:
     "What the run ran on, for whoever wonders why two machines differ."
-    return dict(python=platform.python_version(), torch=str(torch.__version__), timm=timm.__version__, machine=platform.machine())
+    return dict(python=platform.python_version(), torch=str(torch.__version__), timm=version("timm"), machine=platform.machine())
 
 # %% ../nbs/08b_checkpoint.ipynb #def-load-checkpoint-path-path-dict
 def load_checkpoint(path: Path) -> dict:
@@ -194,7 +194,7 @@ ENCODER_FORMAT = 1  # of encoders
 
 
 def save_encoder(path: Path, # file to write, `.safetensors`
-    net: nn.Module, # encoder whose recipe is known
+    net: nn.Module, # encoder whose recipe is known, or an `nn.ModuleDict` of several
     recipe: Recipe, # how to build it again
     half: bool = False, # store as float16, to ship
     **about, # anything worth knowing; kept as text
@@ -202,13 +202,15 @@ def save_encoder(path: Path, # file to write, `.safetensors`
     "Weights of an encoder and the recipe to rebuild it, as safetensors. OSError if it cannot be written."
     tensors = {name: (t.half() if half and t.is_floating_point() else t).contiguous() for name, t in net.state_dict().items()}
     metadata = {name: str(value) for name, value in about.items()}
+    if isinstance(net, nn.ModuleDict):
+        metadata["networks"] = " ".join(net)
     metadata |= dict(format=str(ENCODER_FORMAT), version=__version__, recipe=json.dumps(asdict(recipe)))
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 # %% ../nbs/08b_checkpoint.ipynb #def-load-encoder-path-path-tuple-nn-modu
 def load_encoder(path: Path) -> tuple[nn.Module, Recipe]:
-    "Rebuild an encoder from `save_encoder`'s file, in evaluation mode, strictly; and its recipe. ValueError names a file that is broken or foreign."
-    metadata, tensors = _read_safetensors(path)
+    "Rebuild what `save_encoder` stored, in evaluation mode, strictly; and its recipe. ValueError names a file that is broken or foreign."
+    metadata = about_encoder(path)
     if "recipe" not in metadata:
         raise ValueError(f"{path} holds no recipe, so it was not written by dino_edu: load its weights with dino_edu.vit.load_weights")
     if metadata.get("format") != str(ENCODER_FORMAT):
@@ -217,31 +219,20 @@ def load_encoder(path: Path) -> tuple[nn.Module, Recipe]:
         recipe = remembered(json.loads(metadata["recipe"]))
     except ValueError as error:
         raise ValueError(f"{path} was written by another version of dino_edu: {error}") from error
-    net = encoder(recipe)
+    tensors = load_file(path)
+    names = metadata.get("networks", "").split()
+    net = nn.ModuleDict({name: encoder(recipe) for name in names}) if names else encoder(recipe)
     _check_fit(net, tensors, str(path))
     net.load_state_dict(tensors)   # copies into the network's own precision
     return net.eval(), recipe
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    "Metadata and tensors of a file; ValueError names it if it is not a whole one."
+def about_encoder(path: Path) -> dict[str, str]:
+    "What stands beside the weights in a .safetensors file, without reading them; a `recipe` if `save_encoder` wrote it. ValueError if it is broken."
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            return file.metadata() or {}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is broken, or no safetensors file: {error}") from error
-
-# %% ../nbs/08b_checkpoint.ipynb #find-encoder
-def find_encoder(name: str | Path, # a shipped encoder, a run's folder, or a file
-) -> tuple[nn.Module, Recipe]: # in evaluation mode
-    "Load an encoder, and its recipe; FileNotFoundError says where it was looked for."
-    path = Path(name)
-    if path.is_dir():
-        path = path / "encoder.safetensors"
-    if not path.exists() and path.suffix != ".safetensors":
-        path = asset(f"{name}.safetensors")
-    if not path.exists():
-        raise FileNotFoundError(f"no encoder at {path}")
-    return load_encoder(path)

@@ -32,6 +32,7 @@ class Training:
     tensorboard: bool = False  # events for TensorBoard too (pip install tensorboard)
     record: Path | None = None  # add the finished run to this rows.jsonl ...
     table: str = "real"  # ... as a row of this table
+    snapshots: int = 0  # copies of teacher and student to keep on the way, more of them at the beginning
     dry_run: bool = False  # check everything, run nothing
 
     def __call__(self) -> None:
@@ -57,7 +58,8 @@ class Training:
             return
         code = commit()
         try:
-            summary = fit(recipe, *found, self.out, self.seed, self.device, tensorboard=self.tensorboard, workers=self.workers)
+            summary = fit(recipe, *found, self.out, self.seed, self.device,
+                          tensorboard=self.tensorboard, workers=self.workers, snapshots=self.snapshots)
         except FloatingPointError as error:
             _tell_findings(self.out, recipe, str(error))
             raise
@@ -178,7 +180,7 @@ class Ablate:
 @dataclass(frozen=True)
 class Score:
     "Judge a trained encoder: weighted k-NN and a linear probe, beside raw pixels."
-    weights: tyro.conf.Positional[str]  # a run's folder, an encoder.safetensors, or the name of a shipped encoder
+    weights: tyro.conf.Positional[str]  # a run's folder, a file, or the name of a shipped or released encoder
     data: str | None = None  # a name or a path; by default what the encoder learnt from
     device: str = "auto"  # auto, cpu, cuda, ...
     linear: bool = True  # a linear probe beside k-NN
@@ -186,11 +188,11 @@ class Score:
 
     def __call__(self) -> None:
         "Print the metrics."
-        from dino_edu.checkpoint import find_encoder
         from dino_edu.core import pick_device
         from dino_edu.data import load
         from dino_edu.score import pixel_knn, score
-        net, recipe = find_encoder(self.weights)
+        from dino_edu.weights import find_encoder
+        net, recipe, _ = find_encoder(self.weights)
         source, place = self.data or recipe.data, pick_device(self.device)
         train_set, val_set = load(source, recipe.picture_size, recipe.in_chans)
         if val_set is None:
@@ -205,25 +207,24 @@ class Score:
 # %% ../nbs/18_cli.ipynb #attention
 @dataclass(frozen=True)
 class Attention:
-    "Draw where the class token looks in a picture: every head, the overlay and the mask."
+    "Draw where the class token looks in a picture: every head, their mean over the picture, and its mask."
     picture: tyro.conf.Positional[Path]  # a photograph
-    weights: str = "shapes_vit_nano"  # a shipped encoder, a run's folder, or a file
+    weights: str = "shapes_vit_nano"  # a shipped or released encoder, a run's folder, or a file
     out: Path = Path("attention")  # folder for the pictures
     size: int | None = None  # shorter side in pixels; by default that of the views it learnt from
     mass: float = 0.6  # share of the attention that the mask keeps
     layer: int = -1  # which block
 
     def __call__(self) -> None:
-        "Write attention.png."
-        from dino_edu.attention import attention_maps, show_attention
-        from dino_edu.checkpoint import find_encoder
+        "Write a figure of all heads, and each head, overlay and mask as pictures of their own."
+        from dino_edu.attention import attention_maps, write_attention
         from dino_edu.data import decode
-        net, recipe = find_encoder(self.weights)
+        from dino_edu.weights import find_encoder
+        net, recipe, loaded = find_encoder(self.weights)
         image = decode(self.picture, self.size or recipe.global_size, recipe.in_chans)
-        maps = attention_maps(net, image, self.layer)
-        self.out.mkdir(parents=True, exist_ok=True)
-        show_attention(image, maps, mass=self.mass).savefig(self.out / "attention.png", dpi=150)
-        print(f"{len(maps)} heads of {self.picture.name} are in {self.out / 'attention.png'}")
+        for path in write_attention(self.out, image, attention_maps(net, image, self.layer), self.mass):
+            print(f"written: {path}")
+        print(loaded)
 
 # %% ../nbs/18_cli.ipynb #demo
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ class Demo:
     pictures: int = 10_000  # how many to generate
     steps: int = 1500  # length of the run
     seed: int = 0  # of pictures, weights, data order and crops
+    snapshots: int = 20  # copies of teacher and student to keep on the way
 
     def __call__(self) -> None:
         "Generate, train, compare before and after."
@@ -242,7 +244,7 @@ class Demo:
         print(f"Making {self.pictures:,} pictures of textured shapes. Their labels and masks are for scoring only.")
         train_set, val_set = load("shapes", n=self.pictures, seed=self.seed)
         recipe = override(shapes(), steps=self.steps)
-        summary = fit(recipe, train_set, val_set, self.out, self.seed)
+        summary = fit(recipe, train_set, val_set, self.out, self.seed, snapshots=self.snapshots)
         before_and_after(self.out, recipe, val_set, self.seed).savefig(self.out / "attention.png", dpi=150)
         print(_told(summary["metrics"], summary["seconds"], self.out))
 

@@ -30,6 +30,7 @@ from .score import features, pixel_knn, score
 from .tally import Tally, effective_rank, spread
 from .train import batches, optimizer, report, steps_per_epoch, total_steps, train
 from .vit import SIZES
+from .weights import forget_snapshots, save_snapshot, snapshot_steps
 
 # %% ../nbs/09a_fit.ipynb #stopping
 class Interrupted(KeyboardInterrupt):
@@ -74,6 +75,7 @@ def fit(recipe: Recipe, # what to run
     say: Callable[[str], None] = tell, # where a line about every evaluation goes
     workers: int = 0, # processes that fetch pictures ahead, see `train.batches`
     gallery: Pictures | None = None, # labelled pictures that vote in k-NN; None: those that it learns from
+    snapshots: int = 0, # copies of the encoders to keep on the way, see `weights.snapshots`
 ) -> dict: # the summary, also in summary.json
     "Train, evaluate, log and save: a run from start to end, or from where it was interrupted. `Interrupted` after SIGINT or SIGTERM."
     run, place, gallery = Run(out, tensorboard), pick_device(device), gallery or train_set
@@ -84,11 +86,14 @@ def fit(recipe: Recipe, # what to run
         run.log(i=0, **_untrained(judge()), **_pixels(gallery, val_set))
         say(f"before training: {_words(run.lines()[-1:]) or 'nothing to score on, which needs labels of two classes or more'}")
     marks = {round(total * (n + 1) / recipe.evaluations) for n in range(recipe.evaluations)} | {total}
+    shots = snapshot_steps(total, snapshots)
     stream = batches(train_set, recipe, seed, place, start, workers)
     steps = train(model, stream, recipe, total, opt, start)
     model.loss.watch = (start + 1) % recipe.log_every == 0
     tick = time.perf_counter()
     with noted_signals() as asked, closing(stream), _last_words(run):
+        if start in shots:
+            save_snapshot(run.folder, start, model.encoders(), recipe)
         for step in progress(steps, total, start):
             seconds += time.perf_counter() - tick
             if step.i % recipe.log_every == 0:
@@ -96,6 +101,8 @@ def fit(recipe: Recipe, # what to run
             if step.i in marks:
                 run.log(i=step.i, **judge(linear=linear and step.i == total))
                 say(f"step {step.i} of {total}: loss {step.loss.item():.3f}  {_words(run.lines()[-1:])}")
+            if step.i in shots:   # before the checkpoint: what one holds is never without
+                save_snapshot(run.folder, step.i, model.encoders(), recipe)
             signum = asked()
             if signum or step.i in marks or (recipe.save_every and step.i % recipe.save_every == 0):
                 save_checkpoint(run.checkpoint, model, opt, recipe, seed, step.i, seconds=seconds, tally=model.tally.sums)
@@ -128,6 +135,7 @@ def _begin(run: Run, recipe: Recipe, train_set: Pictures, seed: int, place: torc
     if mean_over_ranks(torch.tensor(float(step))) != step:
         raise ValueError(f"the processes do not see the same {run.checkpoint}: the output folder must be one that all nodes share")
     run.rewind(step if step else -1)
+    forget_snapshots(run.folder, step if step else -1)
     _keep_best(run, step)   # the run may have been killed just before it could
     return model, opt, step, seconds
 

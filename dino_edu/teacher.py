@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'frozen', 'move', 'Teacher']
 import copy
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .core import cosine
@@ -19,7 +18,7 @@ def frozen(network: nn.Module) -> nn.Module:
     "A deep copy that takes no gradient and drops nothing at random: a teacher, not a second name for the student."
     copied = copy.deepcopy(network).requires_grad_(False)
     for module in copied.modules():
-        if isinstance(module, DropPath):
+        if hasattr(module, "drop_prob"):   # timm's DropPath and its like
             module.drop_prob = 0.0
         elif isinstance(module, nn.Dropout):
             module.p = 0.0

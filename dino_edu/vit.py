@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'HARMLESS', 'PatchEmbed', 'resize_positions', 'attention_weights', 'attend', 'Attention', 'Mlp', 'Block',
-           'ViT', 'vit', 'Loaded', 'load_weights', 'Timm', 'backbone']
+           'ViT', 'vit', 'Loaded', 'read_file', 'pick_network', 'load_weights', 'Timm', 'backbone']
 
 # %% ../nbs/03_vit.ipynb #import-argparse
 import argparse
@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
@@ -155,7 +153,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = _drop_path(drop_path)
 
     def forward(self,
         x: Tensor, # tokens, `[B, N, width]`
@@ -164,6 +162,14 @@ class Block(nn.Module):
         "Look around, then think. All tokens are looked at, whoever looks."
         x = x[:, :read] + self.drop_path(self.attn(self.norm1(x), read))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def _drop_path(probability: float) -> nn.Module:
+    "timm's layer that leaves its input out at random; nothing where that never happens."
+    if not probability:
+        return nn.Identity()
+    from timm.layers import DropPath   # timm takes seconds to import
+    return DropPath(probability)
 
 # %% ../nbs/03_vit.ipynb #class-vit-nn-module
 class ViT(nn.Module):
@@ -309,16 +315,14 @@ HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f
             (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar")]   # its name in NumPy 1 and 2
 
 
-def _read(source: str | Path | Mapping) -> tuple[Mapping, str]:
-    "What is in a file (or the mapping itself), and its name for messages."
-    if isinstance(source, Mapping):
-        return source, "state dict"
-    path = Path(source)
+def read_file(path: str | Path) -> Mapping:
+    "What is in a .safetensors, .pth or .pt file, running no code of the file's. ValueError if it is broken or holds something else."
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path), path.name
+            return load_file(path)
         with safe_globals(HARMLESS):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -326,11 +330,26 @@ def _read(source: str | Path | Mapping) -> tuple[Mapping, str]:
         raise ValueError(f"{path} cannot be read as weights; is it complete? ({reason})") from error
     if not isinstance(stored, Mapping):
         raise ValueError(f"{path} holds a {type(stored).__name__}, not names and tensors")
-    return stored, path.name
+    return stored
 
 # %% ../nbs/03_vit.ipynb #def-pick-stored-mapping-origin-str-which
-def _pick(stored: Mapping, origin: str, which: str) -> tuple[Mapping, str]:
-    "The state dict inside a checkpoint: `which` of the authors' two networks, or what is wrapped as `model` or `state_dict`."
+def pick_network(stored: Mapping, # from `read_file`
+    which: str = "teacher", # network of a full checkpoint: teacher or student
+    origin: str = "state dict", # what messages call it
+) -> tuple[dict[str, Tensor], str]: # names without the prefixes of wrappers, and tensors; a fuller `origin`
+    "The state dict of one network in a file. ValueError if there is none, or more than one."
+    stored, origin = _unwrapped(stored, which, origin)
+    odd = [name for name, value in stored.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(f"{origin} is not a state dict: no tensors under {_some(odd)}")
+    found = {_plain(name): value for name, value in stored.items()}
+    if len(found) < len(stored):
+        raise ValueError(f"{origin} holds several networks: some names differ only in their prefix")
+    return found, origin
+
+
+def _unwrapped(stored: Mapping, which: str, origin: str) -> tuple[Mapping, str]:
+    "`which` of the authors' two networks, or what is wrapped as `model` or `state_dict`."
     if "student" in stored or "teacher" in stored:
         if which not in stored:
             raise ValueError(f"{origin} has no {which!r}: it holds {_some(list(stored))}")
@@ -347,26 +366,16 @@ def _plain(name: str) -> str:
         name = name.removeprefix(prefix)
     return name
 
-
-def _tensors(stored: Mapping, origin: str) -> dict[str, Tensor]:
-    "Plain names and tensors; ValueError names what is not a tensor, and names that become one."
-    odd = [name for name, value in stored.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise ValueError(f"{origin} is not a state dict: no tensors under {_some(odd)}")
-    found = {_plain(name): value for name, value in stored.items()}
-    if len(found) < len(stored):
-        raise ValueError(f"{origin} holds several networks: some names differ only in their prefix")
-    return found
-
 # %% ../nbs/03_vit.ipynb #def-load-weights-model-nn-module-one-of-
 def load_weights(model: nn.Module, # one of ours, or `Timm`; unchanged if there is an error
     source: str | Path | Mapping, # .safetensors, .pth or .pt file, or what was in it
     which: str = "teacher", # network of a full checkpoint: teacher or student
     resize: bool = False, # stretch position embeddings made for another picture size
+    origin: str = "state dict", # what report and errors call a source that is no file
 ) -> Loaded: # print it
     "Load weights of timm, of the authors or of ours: every name accounted for, or a ValueError that lists what does not fit."
-    stored, origin = _pick(*_read(source), which)
-    found = _tensors(stored, origin)
+    stored, origin = (source, origin) if isinstance(source, Mapping) else (read_file(source), Path(source).name)
+    found, origin = pick_network(stored, which, origin)
     wanted = {_plain(name): value for name, value in model.state_dict().items()}
     dropped = tuple(name for name in found if name not in wanted and name.startswith(("head.", "fc.")))
     found = {name: value for name, value in found.items() if name not in dropped}
@@ -407,6 +416,7 @@ class Timm(nn.Module):
         pretrained: bool = False, # download timm's weights
         **options, # anything else that `timm.create_model` takes
     ):
+        import timm
         super().__init__()
         self.model = across_ranks(timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **options))
         self.embed_dim = self.model.num_features
@@ -422,6 +432,7 @@ def backbone(name: str, # a key of `SIZES`, or any name that timm knows
     "Our vision transformer where there is one of that name, else timm's model."
     if name in SIZES:
         return vit(name, **options)
+    import timm
     if not timm.is_model(name):
         raise ValueError(f"no backbone {name!r}: neither one of {', '.join(SIZES)} nor a model of timm")
     return Timm(name, **options)
