@@ -14,7 +14,7 @@ from dino_edu.checkpoint import load_encoder, save_checkpoint, save_encoder
 from dino_edu.core import asset, seed_everything
 from dino_edu.recipe import method, override, shapes
 from dino_edu.vit import ViT, backbone, vit
-from dino_edu.weights import INSIDE, RELEASED, Found, encoder, find_encoder, forget_snapshots, save_snapshot, snapshot_steps, snapshots
+from dino_edu.weights import INSIDE, RELEASED, Found, encoder, find_encoder, forget_snapshots, pack_snapshots, save_snapshot, snapshot_steps, snapshots
 
 RECIPE = override(shapes(), patch_size=8, out_dim=32, hidden=32, bottleneck=16)
 
@@ -306,6 +306,16 @@ def test_forget_snapshots(tmp_path):
     assert {path.name for path in (tmp_path / "snapshots").iterdir()} == {"000000.safetensors", "000003.safetensors", "mine.safetensors"}
     forget_snapshots(tmp_path, -1)
     assert {path.name for path in (tmp_path / "snapshots").iterdir()} == {"mine.safetensors"}
+
+
+def test_no_packed_snapshots(tmp_path):
+    with pytest.raises(ValueError, match="shapes_vit_nano.safetensors holds no snapshots: pack"):
+        snapshots("shapes_vit_nano")
+    with pytest.raises(FileNotFoundError, match="no encoder 'nowhere'"):
+        snapshots("nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no snapshots"):
+        pack_snapshots(tmp_path, tmp_path / "course.safetensors")
+    assert not (tmp_path / "course.safetensors").exists()
 
 
 def test_no_snapshots(tmp_path):
