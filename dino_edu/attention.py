@@ -174,11 +174,11 @@ def write_attention(folder: Path | str, # made if it is not there
     folder, mean = Path(folder), maps.mean(0)
     parts = {f"head_{i}": paint(image, heat, strength=1.0) for i, heat in enumerate(maps, 1)} | dict(overlay=paint(image, mean))
     kept = enlarge(mass_mask(mean, mass), parts["overlay"].shape[1:])
-    parts["mask"] = 255 * kept.to(torch.uint8).expand(3, -1, -1)
+    parts["mask"] = 255 * kept[None].to(torch.uint8)
     folder.mkdir(parents=True, exist_ok=True)
     show_attention(image, maps, mass).savefig(folder / "attention.png", dpi=150)
     for name, part in parts.items():
-        Image.fromarray(part.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{name}.png")
+        Image.fromarray(part.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(folder / f"{name}.png")
     return [folder / f"{name}.png" for name in ("attention", *parts)]
 
 # %% ../nbs/04_attention.ipynb #def-patch-share-mask-tensor-bool-or-shar

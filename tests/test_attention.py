@@ -3,12 +3,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dino_edu.attention import (
     attention_maps, attention_score, centred_gaussian, class_attention, crop_masks, crop_to_patches, enlarge, inside, jaccard, jaccard_scores,
-    mass_mask, patch_attention, patch_share, show_attention,
+    mass_mask, paint, patch_attention, patch_share, show_attention, write_attention,
 )
 from dino_edu.augment import center_crop, normalize
 from dino_edu.data import Pictures
@@ -212,6 +214,53 @@ def test_figure_of_a_picture_that_is_cropped():
     fig = show_attention(image, attention_maps(net(), image), mass=(0.5, 0.9), truth=torch.rand(27, 35) < 0.5)
     assert len(fig.axes) == 3 * 4
     assert all(ax.images[-1].get_array().shape[:2] == (24, 32) for ax in fig.axes if ax.axison)
+
+
+def test_paint():
+    "Alone, the picture is grey and the map is inferno from its lowest to its highest value; between, a mean of both."
+    image, heat = torch.randint(0, 256, (3, 24, 35), dtype=torch.uint8), torch.rand(6, 8)
+    grey, colour = paint(image, heat, 0.0), paint(image, heat, 1.0)
+    assert grey.dtype == torch.uint8 and grey.shape == colour.shape == (3, 24, 32)
+    assert (grey.float() - image[:, :, :32].float().mean(0)).abs().max() <= 0.51
+    high = enlarge(heat, (24, 32)) == heat.max()
+    assert (colour[:, high].T == torch.tensor([252, 255, 164])).all() and high.sum() == 16   # inferno's last colour
+    low = enlarge(heat, (24, 32)) == heat.min()
+    assert (colour[:, low].T == torch.tensor([0, 0, 4], dtype=torch.uint8)).all()
+    half = (grey.float() + colour.float()) / 2
+    assert (paint(image, heat, 0.5).float() - half).abs().max() <= 1
+
+
+def test_paint_other_pictures():
+    "Grey and normalised ones; a map of one value; another aspect is an error."
+    grey = torch.randint(0, 256, (1, 16, 24), dtype=torch.uint8)
+    heat = torch.rand(4, 6)
+    assert (paint(normalize(grey[None] / 255)[0], heat).int() - paint(grey, heat).int()).abs().max() <= 1
+    flat = paint(grey, torch.full((4, 6), 0.3), 1.0)
+    assert (flat == flat[:, :1, :1]).all()
+    with pytest.raises(ValueError, match="maps of 4 x 5 patches"):
+        paint(grey, heat[:, :5])
+
+
+@pytest.mark.parametrize("channels, height, width", [(3, 27, 35), (1, 32, 16), (3, 4, 63)])
+def test_written_files(tmp_path, channels, height, width):
+    "Every part by its name, of the size of the whole patches, and with the content that it claims."
+    image = torch.randint(0, 256, (channels, height, width), dtype=torch.uint8)
+    maps = attention_maps(net(in_chans=channels), image)
+    paths = write_attention(tmp_path / "new" / "folder", image, maps, mass=0.4)
+    assert [path.name for path in paths] == ["attention.png", "head_1.png", "head_2.png", "overlay.png", "mask.png"]
+    read = {path.stem: np.array(Image.open(path)) for path in paths}
+    size = (height // 4 * 4, width // 4 * 4)
+    assert all(part.shape[:2] == size for name, part in read.items() if name != "attention")
+    for name, heat, strength in [("head_1", maps[0], 1.0), ("head_2", maps[1], 1.0), ("overlay", maps.mean(0), 0.65)]:
+        assert np.array_equal(read[name], paint(image, heat, strength).permute(1, 2, 0))
+    assert np.array_equal(read["mask"], 255 * enlarge(mass_mask(maps.mean(0), 0.4), size).byte())
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    with pytest.raises(OSError, match="file"):
+        write_attention(tmp_path / "file", image, torch.rand(2, 4, 4))
 
 
 def test_matplotlib_is_not_imported_before_it_is_needed():

@@ -7,14 +7,15 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from PIL import Image
 
 from dino_edu.bench import table
-from dino_edu.checkpoint import find_encoder
 from dino_edu.cli import Ablate, Attention, Bench, Demo, Diagnose, Score, Training, before_and_after, main, plan
 from dino_edu.data import load
 from dino_edu.recipe import method, override, shapes
 from dino_edu.run import recipe_of
+from dino_edu.weights import encoder, find_encoder, snapshots
 
 TRAIN = ["train", "shapes", "--data", "shapes:100", "--steps", "2", "--evaluations", "1", "--batch", "16"]
 
@@ -22,7 +23,7 @@ TRAIN = ["train", "shapes", "--data", "shapes:100", "--steps", "2", "--evaluatio
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    main([*TRAIN, "--out", str(folder), "--record", str(folder.parent / "rows.jsonl")])
+    main([*TRAIN, "--out", str(folder), "--snapshots", "3", "--record", str(folder.parent / "rows.jsonl")])
     return folder
 
 
@@ -62,6 +63,10 @@ def test_train_writes_a_run_and_a_row(run):
     row = json.loads((run.parent / "rows.jsonl").read_text())
     assert row["base"] == "shapes" and row["overrides"] == dict(data="shapes:100", steps=2, evaluations=1, batch=16)
     assert {"table", "row", "base", "seed", "overrides", "recipe", "data", "device", "commit", "seconds", "images_per_second", "metrics"} == set(row)
+
+
+def test_train_keeps_snapshots(run):
+    assert [step for step, _ in snapshots(run)] == [0, 2]
 
 
 def test_dry_run_runs_nothing(tmp_path, capsys):
@@ -114,14 +119,39 @@ def test_score(run, tmp_path, capsys):
 
 
 def test_attention_of_a_wide_photograph(tmp_path, capsys):
+    "Files of the size that was read, 119 x 64 pixels less what fills no patch of 4, and the report of the weights."
     Image.new("RGB", (130, 70), "orange").save(tmp_path / "photo.jpg")
     main(["attention", str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "maps"), "--size", "64"])
-    assert (tmp_path / "maps" / "attention.png").stat().st_size > 1000
-    assert "4 heads of photo.jpg" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    names = ["attention", "head_1", "head_2", "head_3", "head_4", "overlay", "mask"]
+    assert said.splitlines()[:-1] == [f"written: {tmp_path / 'maps' / name}.png" for name in names]
+    assert said.splitlines()[-1] == "shapes_vit_nano.safetensors: 50 tensors loaded"
+    assert {path.stem for path in (tmp_path / "maps").iterdir()} == set(names)
+    for name in names[1:]:
+        with Image.open(tmp_path / "maps" / f"{name}.png") as picture:
+            assert picture.size == (116, 64) and picture.mode == ("L" if name == "mask" else "RGB")
+
+
+def test_attention_of_borrowed_and_of_earlier_networks(run, tmp_path, capsys):
+    "A file of the authors' format, and a run's snapshot."
+    Image.new("RGB", (40, 40), "orange").save(tmp_path / "photo.png")
+    torch.save({f"backbone.{name}": tensor for name, tensor in encoder("shapes_vit_nano").state_dict().items()}, tmp_path / "theirs.pth")
+    for weights, said in {tmp_path / "theirs.pth": "theirs.pth: 50", run / "snapshots" / "000002.safetensors": "teacher of 000002.safetensors: 50"}.items():
+        main(["attention", str(tmp_path / "photo.png"), "--weights", str(weights), "--out", str(tmp_path / "maps")])
+        assert f"{said} tensors loaded" in capsys.readouterr().out
+
+
+def test_attention_needs_neither_timm_nor_torchvision(tmp_path):
+    "They take longer to import than everything else here takes together."
+    Image.new("RGB", (40, 40), "orange").save(tmp_path / "photo.png")
+    words = ["attention", str(tmp_path / "photo.png"), "--out", str(tmp_path / "maps")]
+    code = f"import sys; from dino_edu.cli import main; main({words}); assert not {{'timm', 'torchvision', 'torch._dynamo'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "mask.png" in done.stdout, done.stderr
 
 
 def test_shipped_encoder():
-    net, recipe = find_encoder("shapes_vit_nano")
+    net, recipe, _ = find_encoder("shapes_vit_nano")
     assert recipe.data == "shapes" and not net.training
 
 
@@ -130,11 +160,12 @@ def test_demo(tmp_path, capsys):
     text = capsys.readouterr().out
     assert (tmp_path / "attention.png").exists() and (tmp_path / "summary.json").exists()
     assert "untrained" in text and "attention.png" in text and "Next, try" in text
+    assert [step for step, _ in snapshots(tmp_path)] == [0, 1, 2]
 
 
 def test_before_and_after_differ(run):
     "Three rows of ten classes; training, however short, moves the attention."
-    figure = before_and_after(run, find_encoder(run)[1], load("shapes:100")[1], seed=0)
+    figure = before_and_after(run, find_encoder(run).recipe, load("shapes:100")[1], seed=0)
     rows = [[axes.images[0].get_array() for axes in figure.axes[i : i + 10]] for i in (0, 10, 20)]
     assert len(figure.axes) == 30
     assert all(abs(before - after).max() > 0 for before, after in zip(rows[1], rows[2]))
@@ -152,7 +183,15 @@ def test_bad_input_is_one_line(run, tmp_path):
     assert "no device 'gpu'" in refused(*TRAIN, "--device", "gpu", "--out", str(tmp_path / "b"))
     assert "nowhere" in refused("score", "nowhere")
     assert "broken.safetensors" in refused("score", str(tmp_path / "broken.safetensors"))
-    assert "not.png" in refused("attention", str(tmp_path / "not.png"))
+    assert "not.png: not a readable picture" in refused("attention", str(tmp_path / "not.png"))
+    assert "absent.png: not a readable picture" in refused("attention", str(tmp_path / "absent.png"))
+    photo = str(tmp_path / "photo.png")
+    Image.new("RGB", (40, 40), "orange").save(photo)
+    assert "no encoder 'absent.pth'" in refused("attention", photo, "--weights", "absent.pth")
+    assert "holds no encoder.safetensors" in refused("attention", photo, "--weights", str(tmp_path / "empty"))
+    assert "not.png" in refused("attention", photo, "--out", str(tmp_path / "not.png"))
+    assert "mass is a share" in refused("attention", photo, "--mass", "60", "--out", str(tmp_path / "maps"))
+    assert "layer" in refused("attention", photo, "--layer", "7", "--out", str(tmp_path / "maps"))
 
 
 @pytest.mark.parametrize("words", [["train"], ["train", "shapse"], ["train", "shapes", "--lrr", "1"], ["train", "shapes", "--lr", "fast"], ["sing"]])

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,16 +22,18 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load_file
 
 import dino_edu.fit
 from dino_edu.checkpoint import WATCHING, load_checkpoint, load_encoder, restore
 from dino_edu.cli import main
-from dino_edu.core import cosine, warmup_cosine
+from dino_edu.core import cosine, seed_everything, warmup_cosine
 from dino_edu.data import load
 from dino_edu.fit import Interrupted, fit, noted_signals
 from dino_edu.methods import METHODS
 from dino_edu.recipe import PRESETS, Recipe, method, override, shapes
 from dino_edu.run import Run
+from dino_edu.weights import save_snapshot, snapshots
 
 ROOT = Path(__file__).parents[1]
 SHORT = override(shapes(), steps=4, evaluations=2, batch=16, log_every=1, patch_size=8, n_local=2, out_dim=32, hidden=32, bottleneck=16)
@@ -167,6 +170,73 @@ def test_killed_between_the_last_checkpoint_and_the_summary(pictures, tmp_path, 
         patch.setattr(dino_edu.fit, "save_encoder", lambda *_, **__: pull_the_plug())
         quietly(SHORT, pictures, tmp_path)
     assert quietly(SHORT, pictures, tmp_path)["steps"] == 4 and (tmp_path / "curves.png").exists()
+
+
+# Snapshots
+
+@pytest.mark.parametrize("name", ["dino", "mocov2", "supervised", "averaged", "resnet18"])
+def test_snapshots_change_nothing(name, pictures, tmp_path):
+    "With and without: the same weights, moments, chance, log and scores, to the last bit."
+    changes = dict(supervised=dict(loss="labels", out_dim=10), averaged=dict(teacher="previous_iteration", average=True), resnet18=dict(encoder="resnet18"))
+    recipe = override(SHORT, drop_path=0.2, queue=64, **(changes | METHODS)[name])
+    quietly(recipe, pictures, tmp_path / "without")
+    quietly(recipe, pictures, tmp_path / "with", snapshots=3)
+    kept = list(snapshots(tmp_path / "with"))
+    assert [step for step, _ in kept] == [0, 1, 4] and {"teacher", "student"} <= set(kept[0][1])
+    shutil.move(tmp_path / "with" / "snapshots", tmp_path / "elsewhere")
+    assert_same_end(tmp_path / "without", tmp_path / "with")
+
+
+def halved(net):
+    return {name: t.half().to(t.dtype) for name, t in net.state_dict().items()}
+
+
+def test_snapshots_from_the_untrained_network_to_the_last(pictures, tmp_path):
+    quietly(SHORT, pictures, tmp_path, snapshots=20, seed=5)
+    kept = dict(snapshots(tmp_path))
+    assert list(kept) == [0, 1, 2, 3, 4]
+    seed_everything(5)
+    fresh = method(SHORT).encoders()
+    assert all(same(dict(kept[0][name].state_dict()), halved(fresh[name])) for name in ("teacher", "student"))
+    assert same(dict(kept[4]["teacher"].state_dict()), halved(load_encoder(tmp_path / "encoder.safetensors")[0]))
+    tokens = [nets["student"].cls_token for nets in kept.values()]
+    assert all(not torch.equal(a, b) for a, b in zip(tokens, tokens[1:]))
+
+
+def files(folder):
+    "Tensors by the name of the snapshot (the order of what is written beside them is not fixed)."
+    return {path.name: load_file(path) for path in sorted((folder / "snapshots").iterdir())}
+
+
+def test_snapshots_of_a_resumed_run(pictures, tmp_path):
+    "Stopped on request, and by a plug pulled after snapshots that no checkpoint holds: those that hold stay, the others are taken again."
+    recipe = override(SHORT, steps=8, save_every=3)
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    quietly(recipe, pictures, straight, snapshots=5)
+    with pytest.raises(Interrupted, match="after step 4 of 8"):
+        quietly(recipe, pictures, parts, at(4, send(signal.SIGTERM)), snapshots=5)
+    assert list(files(parts)) == ["000000.safetensors", "000002.safetensors", "000004.safetensors"]
+    os.utime(parts / "snapshots" / "000002.safetensors", (1, 1))
+    with pytest.raises(PlugPulled), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dino_edu.fit, "save_snapshot", lambda *args: (save_snapshot(*args), pull_the_plug() if args[1] == 8 else None))
+        quietly(recipe, pictures, parts, snapshots=5)
+    assert load_checkpoint(parts / "last.pt")["step"] == 6 and "000008.safetensors" in files(parts)
+    (parts / "snapshots" / "000008.safetensors").write_bytes(b"of another machine")
+    (parts / "snapshots" / ".000008.safetensors.1.partial").touch()
+    quietly(recipe, pictures, parts, snapshots=5)
+    assert_same_end(straight, parts)
+    assert same(files(straight), files(parts)) and (parts / "snapshots" / "000002.safetensors").stat().st_mtime == 1
+
+
+def test_snapshots_asked_for_later(pictures, tmp_path):
+    "Of a run that is over there is the last step; one that starts afresh, its checkpoint gone, has none of the old ones."
+    quietly(SHORT, pictures, tmp_path)
+    assert not (tmp_path / "snapshots").exists()
+    quietly(SHORT, pictures, tmp_path, snapshots=3)
+    assert list(files(tmp_path)) == ["000004.safetensors"]
+    (tmp_path / "last.pt").unlink()
+    quietly(SHORT, pictures, tmp_path)
+    assert files(tmp_path) == {}
 
 
 # The best
