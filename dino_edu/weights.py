@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSIDE', 'RELEASED', 'Found', 'find_encoder', 'encoder', 'snapshot_steps', 'save_snapshot', 'forget_snapshots',
-           'snapshots']
+           'snapshots', 'pack_snapshots']
 
 # %% ../nbs/08d_weights.ipynb #imports
 import math
@@ -19,6 +19,7 @@ from .checkpoint import about_encoder, load_checkpoint, load_encoder, save_encod
 from .core import asset, rank
 from .recipe import Recipe, imagenet_resnet50, imagenet_vitb16, imagenet_vits8, imagenet_vits16, override, remembered
 from .recipe import encoder as untrained
+from .run import recipe_of
 from .vit import SIZES, Loaded, ViT, load_weights, pick_network, read_file
 
 # %% ../nbs/08d_weights.ipynb #found
@@ -191,10 +192,33 @@ def forget_snapshots(folder: Path, # of the run
             path.unlink()
 
 
-def snapshots(folder: Path | str, # of a run
+def snapshots(source: Path | str, # a run's folder, or what `pack_snapshots` made of it: a file, or the name of one that ships
 ) -> Iterator[tuple[int, nn.ModuleDict]]: # steps done, and the networks by name: teacher, student
-    "A run's snapshots, first to last, each read when it is its turn. FileNotFoundError if there are none."
-    paths = sorted((Path(folder) / "snapshots").glob("[0-9]*.safetensors"), key=lambda path: int(path.stem))
+    "A run's snapshots, first to last; of a folder each is read when it is its turn. FileNotFoundError if there are none."
+    if not Path(source).is_dir():
+        return _unpacked(Path(source) if Path(source).is_file() else _shipped(str(source)))
+    paths = sorted((Path(source) / "snapshots").glob("[0-9]*.safetensors"), key=lambda path: int(path.stem))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no snapshots: train with snapshots (dino-edu train ... --snapshots 20)")
+        raise FileNotFoundError(f"{source} holds no snapshots: train with snapshots (dino-edu train ... --snapshots 20)")
     return ((int(path.stem), load_encoder(path)[0]) for path in paths)
+
+# %% ../nbs/08d_weights.ipynb #pack
+def pack_snapshots(folder: Path | str, # of a run
+    path: Path, # file to write, `.safetensors`
+    **about, # anything worth knowing; kept as text
+) -> None:
+    "All snapshots of a run in one file, in half precision. Errors as in `snapshots` and `save_encoder`."
+    networks = {f"{who}_{step}": net for step, nets in snapshots(folder) for who, net in nets.items()}
+    save_encoder(path, nn.ModuleDict(networks), recipe_of(folder), half=True, **about)
+
+
+def _unpacked(path: Path) -> Iterator[tuple[int, nn.ModuleDict]]:
+    "Steps and networks of a file of `pack_snapshots`; ValueError if it is another."
+    networks = load_encoder(path)[0]
+    if not isinstance(networks, nn.ModuleDict) or not all("_" in name for name in networks):
+        raise ValueError(f"{path} holds no snapshots: pack those of a run with dino_edu.weights.pack_snapshots")
+    course: dict[int, dict[str, nn.Module]] = {}
+    for name, net in networks.items():
+        who, step = name.split("_")
+        course.setdefault(int(step), {})[who] = net
+    return ((step, nn.ModuleDict(nets)) for step, nets in course.items())
