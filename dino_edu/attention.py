@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASSES', 'class_attention', 'crop_to_patches', 'attention_maps', 'enlarge', 'mass_mask', 'paint', 'show_attention',
-           'write_attention', 'patch_share', 'inside', 'centred_gaussian', 'jaccard', 'jaccard_scores', 'crop_masks',
-           'attention_score', 'patch_attention']
+           'visible', 'write_attention', 'patch_share', 'inside', 'centred_gaussian', 'jaccard', 'jaccard_scores',
+           'crop_masks', 'attention_score', 'patch_attention']
 
 # %% ../nbs/04_attention.ipynb #from-collections-abc-import-sequence
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def paint(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
     strength: float = 0.65, # 0 shows the picture alone, in grey; 1 the map alone
 ) -> Tensor: # uint8 `[3, h p, w p]`, p being the side of a patch
     "A map in colour laid over its picture in grey. ValueError if the map does not fit the picture."
-    picture = _visible(_as_mapped(image, heat))
+    picture = visible(_as_mapped(image, heat))
     mixed = _painted(picture, enlarge(heat, picture.shape[:2]), strength)
     return (255 * mixed).round().to(torch.uint8).permute(2, 0, 1)
 
@@ -110,7 +110,7 @@ def show_attention(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
     "The picture, every head and their mean, in one or several views. ValueError if the maps do not fit the picture."
     from matplotlib.figure import Figure
     image, maps = _as_mapped(image, maps), torch.cat([maps, maps.mean(0, keepdim=True)])
-    picture, masses = _visible(image), [mass] if isinstance(mass, (int, float)) else mass
+    picture, masses = visible(image), [mass] if isinstance(mass, (int, float)) else mass
     rows = [(view, m) for view in views for m in (masses if view == "mask" else [1.0])]
     columns, aspect = len(maps) + 1, image.shape[-2] / image.shape[-1]
     fig = Figure(figsize=(1.55 * columns, 1.55 * aspect * len(rows) + 0.3), dpi=68, facecolor="white", layout="constrained")
@@ -139,8 +139,9 @@ def _as_mapped(image: Tensor, maps: Tensor) -> Tensor:
     return whole
 
 
-def _visible(image: Tensor) -> Tensor:
-    "A picture as matplotlib wants it, `[H, W, 3]` in 0..1."
+def visible(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
+) -> Tensor: # `[H, W, 3]` in 0..1
+    "A picture as matplotlib wants it."
     if image.dtype == torch.uint8:
         shown = image / 255
     else:
