@@ -227,25 +227,25 @@ def segment(nets: Mapping[str, Sequence[nn.Module]], # by name; of several netwo
     "Jaccard of every network and rival, head and mass chosen on other groups; the paired difference to each; oracles."
     groups = [s.group for s in scenes for _ in s.masks]
     tables = {name: [look(net, scenes) for net in several] for name, several in nets.items()} | dict(gaussian=[blob(scenes, patch_size)])
-    scores = {name: _average(several, lambda t: crossfit(t.flatten(1), groups, folds)[0]) for name, several in tables.items()}
+    scores = {name: _average(crossfit(t.flatten(1), groups, folds)[0] for t in several) for name, several in tables.items()}
     first, scores["area"] = next(iter(nets)), area(scenes)
-    metrics = dict(objects=len(groups), groups=len(set(groups)))
+    metrics = dict(objects=len(groups), groups=len(set(groups)), choices=_choices(tables[first][0], groups, folds))
+    curves = dict(masses=list(SWEEP), area=[_triple(scores["area"], groups)] * len(SWEEP))
     for name, values in scores.items():
         metrics |= _named(f"jaccard_{name}", interval(100 * values, groups))
         if name != first:
             metrics |= _named(f"less_{name}", interval(100 * (scores[first] - values), groups))
-    metrics["choices"] = _choices(tables[first][0], groups, folds)
-    curves = dict(masses=list(SWEEP), area=[_triple(scores["area"], groups)] * len(SWEEP))
     for name, several in tables.items():
-        for what, rule in (("", lambda t: crossfit(t, groups, folds)[0]), ("oracle_", lambda t: t.amax(1))):
-            by_mass = [_average(several, lambda t: rule(t[:, m])) for m in range(len(SWEEP))]   # noqa: B023
-            curves[what + name] = [_triple(values, groups) for values in by_mass]
+        curves[name] = [_triple(_average(crossfit(t[:, m], groups, folds)[0] for t in several), groups) for m in range(len(SWEEP))]
+        curves[f"oracle_{name}"] = [_triple(_average(t[:, m].amax(1) for t in several), groups) for m in range(len(SWEEP))]
+        metrics[f"oracle_choice_{name}"] = 100 * _average(group_means(t, groups).mean(0).amax() for t in several).item()
+        metrics[f"oracle_head_{name}"] = max(mean for mean, _, _ in curves[f"oracle_{name}"])
     return dict(metrics=metrics, curves=curves)
 
 
-def _average(several: Sequence[Tensor], rule) -> Tensor:
-    "The mean over networks of what a rule makes of their tables."
-    return torch.stack([rule(table) for table in several]).mean(0)
+def _average(several: Iterable[Tensor]) -> Tensor:
+    "The mean over networks."
+    return torch.stack(list(several)).mean(0)
 
 
 def _named(name: str, found: Interval) -> dict:
@@ -331,12 +331,13 @@ def measure(net: nn.Module, # a trained vision transformer
 def segment_markdown(lines: Iterable[dict], # of rows.jsonl, table segment
 ) -> str:
     "A table in Markdown: a line a row, Jaccard in percent with 95 % intervals over groups, differences paired."
-    header = ["network", "seed", "pictures", "px", "groups", "area", "blob", "untrained", "trained", "trained less untrained", "trained less blob", "best head of each, 60 %"]
+    header = ["network", "seed", "pictures", "px", "groups", "area", "blob", "untrained", "trained", "trained less untrained", "trained less blob", "oracle: best choice", "oracle: best head of each, 60 % (best mass)"]
     body = []
     for line in lines:
         m, curves = line["metrics"], line["curves"]
         at_60 = curves["oracle_trained"][curves["masses"].index(0.6)][0]
         spans = [f"{m[key]:.1f} [{m[key + '_interval'][0]:.1f}, {m[key + '_interval'][1]:.1f}]" for key in
                  ("jaccard_gaussian", "jaccard_untrained", "jaccard_trained", "less_untrained", "less_gaussian")]
-        body.append([line["row"], str(line["seed"]), line["data"], str(line["size"]), str(m["groups"]), f"{m['jaccard_area']:.1f}", *spans, f"{at_60:.1f}"])
+        body.append([line["row"], str(line["seed"]), line["data"], str(line["size"]), str(m["groups"]), f"{m['jaccard_area']:.1f}", *spans,
+                     f"{m['oracle_choice_trained']:.1f}", f"{at_60:.1f} ({m['oracle_head_trained']:.1f})"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])
