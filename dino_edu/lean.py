@@ -100,7 +100,8 @@ def lean(embed: Callable[[Pictures], Tensor], # pictures to features, `[N, D]`
 
 # %% ../nbs/08f_lean.ipynb #markdown
 MEASURES = dict(knn_original="k-NN, as made", drop_same_class="loses: background of its class", drop_other_class="loses: of another class",
-                knn_alone="background alone", shift_other_class="shift", object_other_class="follows the object")
+                knn_alone="background alone", shift_other_class="shift", object_same_class="follows the object: background of its class",
+                object_other_class="of another class")
 
 
 def lean_markdown(lines: Iterable[dict], # of rows.jsonl, table lean

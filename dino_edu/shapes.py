@@ -178,7 +178,7 @@ def _light(n: int, # how many
     brightness = 1 + _between(0, 0.3, (n, 1, 1, 1), generator) * light
     return brightness, 0.03 * torch.randn(n, 3, size, size, generator=generator)
 
-# %% ../nbs/00a_shapes.ipynb #def-make-n-int-how-many-pictures
+# %% ../nbs/00a_shapes.ipynb #def-layers
 def _layers(n: int, # how many pictures
     seed: int, # of all chance
     size: int, # side in pixels
@@ -197,7 +197,7 @@ def _develop(pictures: Tensor, light: tuple[Tensor, Tensor]) -> Tensor:
     "Brightness and noise over the pictures, as bytes."
     return (255 * (pictures * light[0] + light[1]).clamp(0, 1)).round().to(torch.uint8)
 
-
+# %% ../nbs/00a_shapes.ipynb #def-make-n-int-how-many-pictures
 def make(n: int, # how many pictures
     seed: int, # the same seed gives the same pictures
     size: int = 48, # side in pixels
