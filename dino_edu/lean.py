@@ -173,7 +173,7 @@ def _grid(n: int, columns: int, side: float):
     "A figure of n empty panels."
     from matplotlib.figure import Figure
     rows = -(-n // columns)
-    figure = Figure(figsize=(side * columns, (side + 0.2) * rows), dpi=68, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(side * columns, (side + 0.2) * rows), dpi=60, facecolor="white", layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.set(xticks=[], yticks=[])
