@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASSES', 'class_attention', 'crop_to_patches', 'attention_maps', 'enlarge', 'mass_mask', 'paint', 'show_attention',
-           'visible', 'write_attention', 'patch_share', 'inside', 'centred_gaussian', 'jaccard', 'jaccard_scores',
-           'crop_masks', 'attention_score', 'patch_attention']
+           'visible', 'write_attention', 'patch_share', 'inside', 'centred_gaussian', 'jaccard', 'jaccard_table',
+           'jaccard_scores', 'crop_masks', 'attention_score', 'patch_attention']
 
 # %% ../nbs/04_attention.ipynb #from-collections-abc-import-sequence
 from collections.abc import Sequence
@@ -224,18 +224,26 @@ def jaccard(mask_a: Tensor, # bool `[..., H, W]`
 MASSES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
-def jaccard_scores(attention: Tensor, # `[N, heads, h, w]`, two pictures or more
-    masks: Tensor, # true masks, bool `[N, H, W]`; H and W are multiples of h and w
+def jaccard_table(attention: Tensor, # `[..., heads, h, w]`
+    masks: Tensor, # true masks, bool or shares in 0..1, `[..., H, W]`; H and W are multiples of h and w
     masses: Sequence[float] = MASSES, # M shares of the mass to try
-) -> dict[str, Tensor]: # in 0..1: heads `[M, heads]`; best_per_picture, best_single, held_out `[M]`
-    "Mean Jaccard of thresholded attention for every mass and three ways to choose a head (paper, appendix D)."
-    counts = patch_share(masks, attention.shape[-2:])[:, None]   # everything in units of patches
+) -> Tensor: # in 0..1, `[M, ..., heads]`
+    "Jaccard score of thresholded attention for every mass, picture and head."
+    counts = patch_share(masks, attention.shape[-2:])[..., None, :, :]   # everything in units of patches
     scores = []
     for mass in masses:
         found = mass_mask(attention, mass)
         both = (found * counts).sum((-2, -1))
         scores.append(both / (found.sum((-2, -1)) + counts.sum((-2, -1)) - both))
-    scores = torch.stack(scores)                                 # [M, N, heads]
+    return torch.stack(scores)
+
+
+def jaccard_scores(attention: Tensor, # `[N, heads, h, w]`, two pictures or more
+    masks: Tensor, # true masks, bool `[N, H, W]`; H and W are multiples of h and w
+    masses: Sequence[float] = MASSES, # M shares of the mass to try
+) -> dict[str, Tensor]: # in 0..1: heads `[M, heads]`; best_per_picture, best_single, held_out `[M]`
+    "Mean Jaccard of thresholded attention for every mass and three ways to choose a head (paper, appendix D)."
+    scores = jaccard_table(attention, masks, masses)             # [M, N, heads]
     halves = [scores[:, 0::2].mean(1), scores[:, 1::2].mean(1)]  # [M, heads] each
     crossed = [there.gather(1, here.argmax(1, keepdim=True)) for here, there in (halves, halves[::-1])]
     return dict(
