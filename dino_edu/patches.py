@@ -9,6 +9,7 @@ __all__ = ['patch_features', 'similarity', 'show_similarity', 'principal_axes', 
 # %% ../nbs/04a_patches.ipynb #exports
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def _check(patches: Sequence[tuple[int, int]], features: Tensor) -> None:
             raise ValueError(f"no patch at row {row}, column {column}: the picture has {height} rows and {width} columns of patches")
 
 
-def _whole(image: Tensor, encoder: nn.Module):
+def _whole(image: Tensor, encoder: nn.Module) -> np.ndarray:
     "What the encoder reads of a uint8 picture, as matplotlib wants it."
     return crop_to_patches(image, encoder.patch_size).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
@@ -145,7 +146,7 @@ def show_pca(images: Sequence[Tensor], # uint8 `[C, H, W]` each, of any sizes
     if keep == "attention":
         kept = [mass_mask(attention_maps(encoder, image, layer).mean(0), mass) for image in images]
     aspect = max(f.shape[0] / f.shape[1] for f in features)
-    fig = Figure(figsize=(1.6 * len(images) + 0.3, 3.2 * aspect + 0.1), dpi=64, facecolor="white", layout="constrained")
+    fig = Figure(figsize=(1.4 * len(images) + 0.3, 2.8 * aspect + 0.1), dpi=64, facecolor="white", layout="constrained")
     grid = fig.subplots(2, len(images), squeeze=False)
     for (above, below), image, colours in zip(grid.T, images, pca_maps(features, kept)):
         above.imshow(_whole(image, encoder))
@@ -187,19 +188,19 @@ def show_object(image: Tensor, # uint8 `[C, H, W]`
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     part, mask = _object(encoder, image, mass, head, layer)
-    picture, share = _whole(image, encoder), mass
+    picture = _whole(image, encoder)
     top, left, height, width = bounding_box(part)
     aspect = picture.shape[0] / picture.shape[1]
-    fig = Figure(figsize=(7.2, 2.4 * aspect + 0.4), dpi=64, facecolor="white", layout="constrained")
+    fig = Figure(figsize=(5.7, 1.9 * aspect + 0.4), dpi=64, facecolor="white", layout="constrained")
     axes = fig.subplots(1, 3)
     for ax, kept in zip(axes, (torch.ones_like(mask), mask, part)):
-        ax.imshow(torch.where(kept[:, :, None], torch.from_numpy(picture) / 255, 0.1 * torch.from_numpy(picture) / 255 + 0.9).numpy())
+        ax.imshow(np.where(kept.numpy()[:, :, None], picture / 255, 0.1 * picture / 255 + 0.9))
         ax.set(xticks=[], yticks=[])
     axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor="cyan", linewidth=2))
     if truth is not None:
         axes[0].contour(crop_to_patches(truth, encoder.patch_size).numpy(), levels=[0.5], colors="tab:orange", linewidths=1)
-    who = "mean over heads" if head is None else f"head {head + 1}"
-    for ax, title in zip(axes, (f"a box of {width} x {height} px", f"{share:.0%} of the mass, {who}", "its largest part")):
+    who = "mean" if head is None else f"head {head + 1}"
+    for ax, title in zip(axes, (f"a box of {width} x {height} px", f"{mass:.0%} of the mass ({who})", "its largest part")):
         ax.set_title(title, fontsize=9)
     return fig
 
