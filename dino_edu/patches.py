@@ -152,7 +152,7 @@ def show_pca(images: Sequence[Tensor], # uint8 `[C, H, W]` each, of any sizes
         above.imshow(_whole(image, encoder))
         below.imshow(colours.numpy())
     grid[0, 0].set_ylabel("picture")
-    grid[1, 0].set_ylabel("3 components")
+    grid[1, 0].set_ylabel("colours")
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
     return fig
