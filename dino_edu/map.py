@@ -101,9 +101,9 @@ def touch_map(maps: Mapping[str, Tensor], # name -> places of all pictures, `[N,
             chart.picture, chart.alt, chart.points = png(figure), figure.get_label(), maps[choice.value].tolist()
     def follow(_=None):
         if chart.chosen >= 0:
-            name = pictures.classes[pictures.labels[chart.chosen]] if pictures.labels is not None else ""
+            said = f"number {chart.chosen}" + (f": {pictures.classes[pictures.labels[chart.chosen]]}" if pictures.labels is not None else "")
             with found.hold_sync():
-                found.picture, found.alt, found.caption = png(pictures[chart.chosen], wide=180), name, f"number {chart.chosen}: {name}"
+                found.picture, found.alt, found.caption = png(pictures[chart.chosen], wide=180), said, said
     choice.observe(draw, "value")
     chart.observe(follow, "chosen")
     draw()
@@ -118,9 +118,11 @@ def with_bar(work: Mapping[str, Callable[[], object]], # name -> what to do
     bar = ipywidgets.IntProgress(max=len(work), layout=ipywidgets.Layout(width="32em"), style=dict(description_width="11em"))
     display(bar)
     done = {}
-    for name, do in work.items():
-        bar.description = name
-        done[name] = do()
-        bar.value += 1
-    bar.close()
+    try:
+        for name, do in work.items():
+            bar.description = name
+            done[name] = do()
+            bar.value += 1
+    finally:
+        bar.close()
     return done
