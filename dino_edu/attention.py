@@ -83,7 +83,7 @@ def mass_mask(attention: Tensor, # not negative, `[..., h, w]`
     return torch.zeros_like(keep).scatter(-1, order, keep).view(attention.shape)
 
 # %% ../nbs/04_attention.ipynb #paint
-def paint(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
+def paint(image: Tensor, # `[C, H, W]`, whole patches: uint8, or normalised floats
     heat: Tensor, # one map of it, `[h, w]`, drawn from its lowest to its highest value
     strength: float = 0.65, # 0 shows the picture alone, in grey; 1 the map alone
 ) -> Tensor: # uint8 `[3, h p, w p]`, p being the side of a patch
@@ -101,7 +101,7 @@ def _painted(picture: Tensor, heat: Tensor, strength: float) -> Tensor:
     return strength * colour + (1 - strength) * picture.mean(2, keepdim=True)
 
 # %% ../nbs/04_attention.ipynb #def-show-attention-image-tensor-c-h-w-ui
-def show_attention(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
+def show_attention(image: Tensor, # `[C, H, W]`, whole patches: uint8, or normalised floats
     maps: Tensor, # from `attention_maps`, `[heads, h, w]`
     mass: float | Sequence[float] = 0.6, # share of the mass in the masks; several give a row each
     views: Sequence[str] = ("overlay", "mask"), # rows of the figure: overlay, map, mask
@@ -130,13 +130,12 @@ def show_attention(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
 
 
 def _as_mapped(image: Tensor, maps: Tensor) -> Tensor:
-    "The picture cropped to the patches of its maps."
-    grid = maps.shape[-2:]
-    patch_size = max(1, min(image.shape[-2] // grid[0], image.shape[-1] // grid[1]))
-    whole = crop_to_patches(image, patch_size)
-    if (whole.shape[-2] // patch_size, whole.shape[-1] // patch_size) != tuple(grid):
-        raise ValueError(f"maps of {grid[0]} x {grid[1]} patches were not made from a picture of {image.shape[-2]} x {image.shape[-1]} pixels")
-    return whole
+    "The picture; ValueError if it is not as many whole patches as its maps."
+    (height, width), (rows, columns) = image.shape[-2:], maps.shape[-2:]
+    if height % rows or width % columns or height // rows != width // columns:
+        raise ValueError(f"maps of {rows} x {columns} patches were not made from a picture of {height} x {width} pixels, "
+                         "or not from all of it: crop_to_patches leaves what the network has read")
+    return image
 
 
 def visible(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
@@ -166,7 +165,7 @@ def _draw(ax, view: str, picture: Tensor, heat: Tensor, keep: Tensor) -> None:
 
 # %% ../nbs/04_attention.ipynb #write-attention
 def write_attention(folder: Path | str, # made if it is not there
-    image: Tensor, # `[C, H, W]`: uint8, or normalised floats
+    image: Tensor, # `[C, H, W]`, whole patches: uint8, or normalised floats
     maps: Tensor, # from `attention_maps`, `[heads, h, w]`
     mass: float = 0.6, # share of the mean's mass that the mask keeps
 ) -> list[Path]: # attention.png (the figure), head_1.png, ..., overlay.png, mask.png

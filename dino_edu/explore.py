@@ -8,6 +8,7 @@ __all__ = ['panel', 'draw_temperature', 'touch_temperature', 'draw_crops', 'touc
 
 # %% ../nbs/17_explore.ipynb #imports
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
@@ -66,16 +67,16 @@ def draw_temperature(temperature: float = 0.04, # tau of the teacher
     centered = logits - center * logits.mean(0)
     p = softmax(centered, temperature)
     taus = torch.logspace(-2, 0, 60).tolist()
-    own, mean = zip(*[(entropy(q).mean(), entropy(q.mean(0))) for q in (softmax(centered, tau) for tau in taus)])
+    own, mean = zip(*[(entropy(q).mean().item(), entropy(q.mean(0)).item()) for q in (softmax(centered, tau) for tau in taus)])
     figure = Figure(figsize=(9.5, 2.7), dpi=80, facecolor="white", layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     k = range(out_dim)
-    left.bar(k, centered[0], color="tab:blue", alpha=0.4, label="one picture")
-    left.step(k, centered.mean(0), where="mid", color="black", lw=1, label="mean of all")
-    middle.bar(k, p[0], color="tab:orange")
+    left.bar(k, centered[0].tolist(), color="tab:blue", alpha=0.4, label="one picture")
+    left.step(k, centered.mean(0).tolist(), where="mid", color="black", lw=1, label="mean of all")
+    middle.bar(k, p[0].tolist(), color="tab:orange")
     right.semilogx(taus, own, color="tab:orange", label="of each picture")
     right.semilogx(taus, mean, color="tab:blue", label="of the mean")
-    right.axhline(torch.tensor(out_dim).log(), color="grey", ls="--", lw=1, label=f"ln {out_dim}")
+    right.axhline(math.log(out_dim), color="grey", ls="--", lw=1, label=f"ln {out_dim}")
     right.axvline(temperature, color="black", lw=1)
     left.set(title="logits less center", xlabel="prototype", ylim=(-0.4, 0.4))
     middle.set(title=f"softmax at tau = {temperature:.3g}", xlabel="prototype", ylim=(0, 1))
@@ -83,7 +84,7 @@ def draw_temperature(temperature: float = 0.04, # tau of the teacher
     left.legend(frameon=False, fontsize=8)
     right.legend(frameon=False, fontsize=8)
     figure.set_label(f"tau {temperature:.3g}, {center:.0%} of the center, K {out_dim}: entropy {entropy(p).mean():.2f} nats for each picture, "
-                     f"{entropy(p.mean(0)):.2f} of their mean, at most {torch.tensor(out_dim).log():.2f}")
+                     f"{entropy(p.mean(0)):.2f} of their mean, at most {math.log(out_dim):.2f}")
     return figure
 
 # %% ../nbs/17_explore.ipynb #touch-temperature

@@ -84,7 +84,8 @@ def draw_map(places: Tensor, # x and y in 0..1, `[N, 2]`, as from `flat_map`
     "A dot for every picture, coloured by class where classes are known."
     figure = Figure(figsize=(6, 4.5), dpi=80, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
-    axes.scatter(*places.T, c=pictures.labels, cmap="tab10", s=14)
+    colours = None if pictures.labels is None else pictures.labels.tolist()
+    axes.scatter(*places.T.tolist(), c=colours, cmap=None if colours is None else "tab10", s=14)
     figure.set_label(f"map of {len(pictures):,} pictures{', ' if title else ''}{title}")
     return figure
 

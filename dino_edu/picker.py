@@ -7,7 +7,6 @@ __all__ = ['PHOTOGRAPHS', 'gallery', 'to_patches', 'png', 'grid_points', 'Picker
 
 # %% ../nbs/04c_picker.ipynb #imports
 import io
-from collections.abc import Sequence
 
 import anywidget
 import torch
