@@ -6,6 +6,7 @@
 __all__ = ['Attention', 'Film', 'Segment']
 
 # %% ../nbs/17a_look.ipynb #imports
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,28 +69,40 @@ class Film:
 # %% ../nbs/17a_look.ipynb #segment
 @dataclass(frozen=True)
 class Segment:
-    "How well does the look outline the object? Jaccard of thresholded attention, beside untrained networks and rivals that see nothing."
+    "Hold attention against true masks, beside untrained networks, a blob in the middle and the area; choices are made on other pictures."
     weights: tyro.conf.Positional[str]  # a shipped or released encoder, a run's folder, or a file
-    data: str = "shapes"  # shapes, shapes:500, or a path: DAVIS-2016 (folder or tar), or the folder of VOCdevkit
+    data: str = "shapes"  # shapes, shapes:500, DAVIS-2016 (folder or archive), or the folder that holds VOCdevkit
     size: int | None = None  # shorter side in pixels; by default that of the views it learnt from
-    inits: int = 5  # how many untrained networks
-    seed: int = 0  # of the generated pictures
-    name: str | None = None  # what the row is called; by default the weights
+    seed: int | None = None  # of its run; by default what the run's folder says. It decides which shapes are new to the network
+    inits: int = 5  # untrained networks beside it
     device: str = "auto"  # auto, cpu, cuda, ...
-    out: Path | None = None  # write the curves over the mass to this picture
-    record: Path | None = None  # add the row to this rows.jsonl
+    out: Path = Path("segment.png")  # the figure
+    record: Path | None = None  # add the result to this rows.jsonl
+    row: str = "dino"  # name of the row there
+    base: str = "shapes"  # preset that the run started from
 
     def __call__(self) -> None:
-        "Print the row."
+        "Print the table and write the figure."
+        from dino_edu.recipe import PRESETS, changes
+        from dino_edu.rows import named
         from dino_edu.run import commit, record
         from dino_edu.segment import measure, plot_segment, segment_markdown
         from dino_edu.weights import find_encoder
-        code = commit()
+        code, preset = commit(), named(PRESETS, self.base, "preset")()
         net, recipe, loaded = find_encoder(self.weights)
-        found, name = measure(net, recipe, self.data, self.seed, self.size, self.inits, self.device), self.name or self.weights
-        print(segment_markdown([found | dict(row=name)]))
-        print(loaded)
-        if self.out:
-            plot_segment(found["curves"]).savefig(self.out, dpi=120)
+        found = measure(net, recipe, self.data, self._seed(), self.size, self.inits, self.device)
+        print(segment_markdown([found | dict(row=self.row)]))
+        figure = plot_segment(found["curves"], f"{self.row}, {found['data']}, {found['size']} px")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+        figure.savefig(self.out, dpi=150)
         if self.record:
-            record(self.record, found, "segment", name, recipe.data, {}, code)
+            record(self.record, found, "segment", self.row, self.base, changes(preset, recipe), code, curves=found["curves"], size=found["size"])
+        print(f"the sweep over the mass is {self.out}")
+        print(loaded)
+
+    def _seed(self) -> int:
+        "The one given, that of the run, or 0."
+        summary = Path(self.weights) / "summary.json"
+        if self.seed is None and summary.exists():
+            return json.loads(summary.read_text())["seed"]
+        return self.seed or 0
