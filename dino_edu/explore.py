@@ -269,7 +269,7 @@ def draw_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> teac
     head: int | None = None, # None: the mean over heads
 ) -> Figure:
     "A picture, and where the class token of student and teacher looks after every step of a course."
-    figure = Figure(figsize=(1.3 * (1 + len(course)), 3.1), dpi=80, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(1.3 * (1 + len(course)), 3.1), dpi=64, facecolor="white", layout="constrained")
     grid = figure.subplots(2, 1 + len(course), squeeze=False)
     for row, who in zip(grid, ("student", "teacher")):
         row[0].set_ylabel(who)

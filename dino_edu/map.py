@@ -25,7 +25,7 @@ def draw_neighbours(embeddings: Mapping[str, Tensor], # name -> features of all 
     k: int = 8, # how many
 ) -> Figure:
     "A picture and its nearest others in every embedding; the name of a neighbour is blue where the class is the same, else orange."
-    figure = Figure(figsize=(1.05 * (k + 1), 1.4 * len(embeddings)), dpi=80, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(1.05 * (k + 1), 1.4 * len(embeddings)), dpi=72, facecolor="white", layout="constrained")
     grid, words = figure.subplots(len(embeddings), k + 1, squeeze=False), []
     for row, (name, embedding) in zip(grid, embeddings.items()):
         _, nearest = neighbours(embedding[query:query + 1], embedding, k + 1)

@@ -243,11 +243,12 @@ def check_map(widget, page):
 
 
 def check_collapse(widget):
-    pictures = widget.root.locator(".jupyter-widgets img, .widget-output img, .jp-OutputArea img")
     widget.root.locator("label", has_text="sharpening").first.click()
+    widget.press("steps", "Home")
     widget.root.get_by_role("button", name="train").click()
-    assert wait_until(lambda: pictures.count() > 0, 90), "no picture after training"
-    return pictures
+    assert wait_until(lambda: "over 40 steps; diagnosis: uniform" in widget.caption(), 120), widget.caption()
+    widget.root.locator("label", has_text="sharpening").first.click()
+    widget.changes(lambda: widget.root.get_by_role("button", name="train").click(), "diagnosis: nothing found")
 
 
 def test_jupyterlab(page, book, tmp_path):
@@ -281,3 +282,16 @@ def test_jupyterlab(page, book, tmp_path):
                 check()
             finally:
                 page.screenshot(path=SHOTS / f"{name}.png")   # makes its folder
+
+
+def test_voila(page, book):
+    "The same chapter as an application: no code, and a click is answered."
+    with serving(book, ["voila", "--no-browser", "--Voila.ip=127.0.0.1"], "/voila/tree") as url:
+        page.goto(f"{url}/voila/render/17_explore.ipynb", wait_until="domcontentloaded", timeout=300_000)
+        explorer = page.locator(".jp-OutputArea-output:has(.widget-upload)").first   # the only one to which one can send a picture
+        explorer.locator(".dino-picker img").first.wait_for(timeout=300_000)
+        assert page.locator(".jp-InputArea-editor:visible").count() == 0
+        widget = Widget(page, explorer)
+        widget.changes(lambda: click_share(page, explorer.locator(".dino-picker img").first, 3.5 / 16, 8.5 / 16), "row 8, column 3")
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / "voila.png")

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from dino_edu.bench import table
-from dino_edu.cli import Ablate, Attention, Bench, Demo, Diagnose, Score, Training, before_and_after, main, plan
+from dino_edu.cli import Ablate, Bench, Demo, Diagnose, Score, Training, before_and_after, main, plan
 from dino_edu.data import load
+from dino_edu.look import Attention, Film, Segment
 from dino_edu.recipe import method, override, shapes
 from dino_edu.run import recipe_of
 from dino_edu.weights import encoder, find_encoder, snapshots
@@ -46,7 +47,7 @@ def test_module_is_a_command():
     assert done.returncode == 0 and "linear probe" in done.stdout
 
 
-@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Demo, ["demo"])])
+@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Film, ["film"]), (Segment, ["segment"]), (Demo, ["demo"])])
 def test_every_option_has_a_help_text(command, words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--help"])
@@ -148,6 +149,30 @@ def test_attention_needs_neither_timm_nor_torchvision(tmp_path):
     code = f"import sys; from dino_edu.cli import main; main({words}); assert not {{'timm', 'torchvision', 'torch._dynamo'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "mask.png" in done.stdout, done.stderr
+
+
+def test_film(tmp_path, capsys):
+    (tmp_path / "frames").mkdir()
+    for i, colour in enumerate(("orange", "teal", "orange")):
+        Image.new("RGB", (44, 36), colour).save(tmp_path / "frames" / f"{i}.png")
+    main(["film", str(tmp_path / "frames"), "--out", str(tmp_path / "film.gif"), "--head", "2"])
+    said = capsys.readouterr().out
+    assert "3 frames of frames" in said and "overlap by" in said and "50 tensors loaded" in said
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames >= 2 and film.size[0] >= 3 * 44
+    assert "heads are counted from 1" in refused("film", str(tmp_path / "frames"), "--head", "0")
+    assert "nowhere" in refused("film", str(tmp_path / "nowhere"))
+
+
+def test_segment(run, tmp_path, capsys):
+    words = ["--data", "shapes:60", "--inits", "1", "--out", str(tmp_path / "curves.png"), "--record", str(tmp_path / "rows.jsonl"), "--row", "short"]
+    main(["segment", str(run), *words])
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].startswith("| short | 0 |") and (tmp_path / "curves.png").exists()
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert row["table"] == "segment" and row["row"] == "short" and {"curves", "size", "commit"} <= row.keys() and row["metrics"]["objects"] == 12
+    assert "no preset 'nothing'" in refused("segment", str(run), "--base", "nothing")
+    assert "nowhere" in refused("segment", str(run), "--data", str(tmp_path / "nowhere"))
 
 
 def test_shipped_encoder():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from dino_edu.vit import Timm, ViT, attend, attention_weights, backbone, load_weights, resize_positions, vit
+from dino_edu.vit import Timm, ViT, attend, attention_weights, backbone, load_weights, pick_network, resize_positions, vit
 
 
 def noisy(model):
@@ -343,3 +343,14 @@ def test_missing_and_foreign_files(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list.pth holds a list"):
         load_weights(small(), tmp_path / "list.pth")
+
+
+def test_one_network_of_a_file():
+    "The one asked for, with plain names; a fuller name for messages."
+    one, other = torch.zeros(1), torch.ones(1)
+    stored = dict(teacher={"backbone.norm.bias": one}, student={"module.backbone.norm.bias": other}, epoch=3)
+    for which, tensor in (("teacher", one), ("student", other)):
+        assert pick_network(stored, which, "file.pth") == ({"norm.bias": tensor}, pick_network(stored, which, "file.pth")[1])
+        assert which in pick_network(stored, which, "file.pth")[1]
+    with pytest.raises(ValueError, match="file.pth"):
+        pick_network(dict(weights="here"), origin="file.pth")
