@@ -175,7 +175,7 @@ class AttentionExplorer(ipywidgets.VBox):
         self.file = ipywidgets.Text(description="or a file", continuous_update=False, placeholder="path of a picture")
         self.size = _slider(ipywidgets.IntSlider, "resolution (pixels)", min=16, max=480, step=16, value=64)
         self.layer = _slider(ipywidgets.IntSlider, "layer", min=1, max=1, value=1)
-        self.head = _choice("head", [("mean", None)])
+        self.head = _choice("head", [("mean", -1)])
         self.mass = _slider(ipywidgets.FloatSlider, "mass of the mask", min=0.05, max=1, step=0.05, value=0.6)
         self.kind = ipywidgets.ToggleButtons(description="show", options=["overlay", "mask", "map"])
         self.view, self.heads = Picker(), Picker()
@@ -215,14 +215,14 @@ class AttentionExplorer(ipywidgets.VBox):
         self.maps = torch.cat([self.maps, self.maps.mean(0, keepdim=True)])
         self.view.points = grid_points(self.rows, self.columns)
         if len(self.head.options) != len(self.maps):
-            self.head.options = [(f"head {i + 1}", i) for i in range(len(self.maps) - 1)] + [("mean", None)]
-            self.head.value = None
+            self.head.options = [(f"head {i + 1}", i) for i in range(len(self.maps) - 1)] + [("mean", -1)]
+            self.head.value = -1
         self._paint()
 
     def _paint(self, _=None):
         "Show what was found."
         shown = [_in_view(self.image, heat, self.kind.value, self.mass.value) for heat in self.maps]
-        head = -1 if self.head.value is None else self.head.value
+        head = self.head.value
         who = "the class token looks" if self.view.chosen < 0 else "the patch in row {}, column {} looks".format(*divmod(self.view.chosen, self.columns))
         height, width = self.image.shape[-2:]
         kept = mass_mask(self.maps[head], self.mass.value).float().mean()
@@ -236,7 +236,7 @@ class AttentionExplorer(ipywidgets.VBox):
 
     def _choose_head(self, change):
         "A click on the strip."
-        self.head.value = change.new if 0 <= change.new < len(self.maps) - 1 else None
+        self.head.value = change.new if change.new < len(self.maps) - 1 else -1
 
     def _uploaded(self, change):
         "Take what the browser sent."
@@ -292,10 +292,10 @@ def touch_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> tea
 ) -> ipywidgets.VBox:
     "`draw_emergence` of one step, with a slider through the training."
     heads = len(attention_maps(next(iter(course.values()))["teacher"], to_patches(next(iter(pictures.values())), size, 1)))
-    def draw(picture, step, **values):
-        return draw_emergence({step: course[step]}, pictures[picture], size, **values)
+    def draw(picture, step, head, **values):
+        return draw_emergence({step: course[step]}, pictures[picture], size, head=None if head < 0 else head, **values)
     return panel(draw, picture=_choice("picture", list(pictures)),
         step=_slider(ipywidgets.SelectionSlider, "step of the training", options=list(course), value=max(course)),
         kind=_choice("show", ["overlay", "mask", "map"]),
         mass=_slider(ipywidgets.FloatSlider, "mass of the mask", min=0.05, max=1, step=0.05, value=0.6),
-        head=_choice("head", [("mean", None), *((f"head {i + 1}", i) for i in range(heads))]))
+        head=_choice("head", [("mean", -1), *((f"head {i + 1}", i) for i in range(heads))]))

@@ -184,7 +184,7 @@ def check_crops(widget):
 
 def check_attention(widget, page, photo):
     large, heads = (widget.root.locator(".dino-picker img").nth(n) for n in (0, 1))
-    assert "the class token looks" in widget.caption()
+    assert "the class token looks, mean" in widget.caption() and widget.row("head").locator("select option:checked").inner_text() == "mean"
     widget.changes(lambda: click_share(page, large, 11.5 / 16, 4.5 / 16), "row 4, column 11")
     widget.changes(lambda: page.keyboard.press("ArrowDown"), "row 5, column 11")
     widget.changes(lambda: page.keyboard.press("ArrowLeft"), "row 5, column 10")

@@ -147,7 +147,7 @@ def test_explorer(pictures, tmp_path):
     explorer.head.value = 1
     explorer.network.value = "other"
     assert (explorer.layer.max, explorer.layer.value, explorer.size.value, len(explorer.head.options)) == (3, 3, 64, 5)
-    assert explorer.head.value is None
+    assert explorer.head.label == "mean" and "looks, mean, layer 3" in explorer.view.caption
 
     Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
     explorer.view.chosen = explorer.rows * explorer.columns - 1
