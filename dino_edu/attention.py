@@ -100,6 +100,28 @@ def _painted(picture: Tensor, heat: Tensor, strength: float) -> Tensor:
     colour = torch.from_numpy(colormaps["inferno"](((heat - low) / (high - low).clamp(min=1e-12)).numpy())[:, :, :3])
     return strength * colour + (1 - strength) * picture.mean(2, keepdim=True)
 
+
+def _as_mapped(image: Tensor, maps: Tensor) -> Tensor:
+    "The picture cropped to the patches of its maps."
+    grid = maps.shape[-2:]
+    patch_size = max(1, min(image.shape[-2] // grid[0], image.shape[-1] // grid[1]))
+    whole = crop_to_patches(image, patch_size)
+    if (whole.shape[-2] // patch_size, whole.shape[-1] // patch_size) != tuple(grid):
+        raise ValueError(f"maps of {grid[0]} x {grid[1]} patches were not made from a picture of {image.shape[-2]} x {image.shape[-1]} pixels")
+    return whole
+
+
+def _visible(image: Tensor) -> Tensor:
+    "A picture as matplotlib wants it, `[H, W, 3]` in 0..1."
+    if image.dtype == torch.uint8:
+        shown = image / 255
+    else:
+        mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+        if len(image) == 1:
+            mean, std = mean.mean(), std.mean()
+        shown = image.cpu() * std + mean
+    return shown.clamp(0, 1).cpu().expand(3, -1, -1).permute(1, 2, 0)
+
 # %% ../nbs/04_attention.ipynb #def-show-attention-image-tensor-c-h-w-ui
 def show_attention(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
     maps: Tensor, # from `attention_maps`, `[heads, h, w]`
@@ -127,28 +149,6 @@ def show_attention(image: Tensor, # `[C, H, W]`: uint8, or normalised floats
     for ax, title in zip(fig.axes, ["picture", *(f"head {i}" for i in range(1, len(maps))), "mean"]):
         ax.set_title(title, fontsize=10)
     return fig
-
-
-def _as_mapped(image: Tensor, maps: Tensor) -> Tensor:
-    "The picture cropped to the patches of its maps."
-    grid = maps.shape[-2:]
-    patch_size = max(1, min(image.shape[-2] // grid[0], image.shape[-1] // grid[1]))
-    whole = crop_to_patches(image, patch_size)
-    if (whole.shape[-2] // patch_size, whole.shape[-1] // patch_size) != tuple(grid):
-        raise ValueError(f"maps of {grid[0]} x {grid[1]} patches were not made from a picture of {image.shape[-2]} x {image.shape[-1]} pixels")
-    return whole
-
-
-def _visible(image: Tensor) -> Tensor:
-    "A picture as matplotlib wants it, `[H, W, 3]` in 0..1."
-    if image.dtype == torch.uint8:
-        shown = image / 255
-    else:
-        mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
-        if len(image) == 1:
-            mean, std = mean.mean(), std.mean()
-        shown = image.cpu() * std + mean
-    return shown.clamp(0, 1).cpu().expand(3, -1, -1).permute(1, 2, 0)
 
 
 def _draw(ax, view: str, picture: Tensor, heat: Tensor, keep: Tensor) -> None:
