@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from dino_edu.vit import Timm, ViT, attend, attention_weights, backbone, load_weights, resize_positions, vit
+from dino_edu.vit import Timm, ViT, attend, attention_weights, backbone, load_weights, pick_network, read_file, resize_positions, vit
 
 
 def noisy(model):
@@ -226,6 +226,19 @@ def test_full_checkpoint_of_the_authors(tmp_path, which):
     report = load_weights(ours, tmp_path / "checkpoint.pth", which=which)
     assert equal(ours, nets[which]) and which in report.source
     assert report.dropped == ("head.mlp.0.weight", "head.last_layer.weight_g")
+
+
+def test_reading_and_picking_are_two_steps(tmp_path):
+    "What a file holds, then one network of it under plain names; both say where it is from."
+    nets = dict(teacher=small(), student=small())
+    torch.save(authors_checkpoint(**nets), tmp_path / "checkpoint.pth")
+    stored = read_file(tmp_path / "checkpoint.pth")
+    found, origin = pick_network(stored, "student", "mine")
+    assert origin == "student of mine" and torch.equal(found["norm.bias"], nets["student"].norm.bias)
+    assert set(found) - {"head.mlp.0.weight", "head.last_layer.weight_g"} == set(nets["student"].state_dict())
+    assert load_weights(small(), found, origin=origin).source == "student of mine"
+    with pytest.raises(ValueError, match="^mine does not fit this model"):
+        load_weights(small(stem="conv"), found, origin="mine")
 
 
 def test_scalars_under_numpy_1s_name(tmp_path):
