@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dino_edu import checkpoint
-from dino_edu.checkpoint import ENCODER_FORMAT, FORMAT, keep, load_checkpoint, load_encoder, restore, save_checkpoint, save_encoder, write_atomically
+from dino_edu.checkpoint import (
+    ENCODER_FORMAT, FORMAT, about_encoder, keep, load_checkpoint, load_encoder, restore, save_checkpoint, save_encoder, write_atomically,
+)
 from dino_edu.core import keys, seed_everything
 from dino_edu.methods import METHODS
 from dino_edu.recipe import Recipe, augmentation, encoder, method, override, shapes
@@ -418,6 +420,33 @@ def test_encoder_round_trip(tmp_path, changes):
         assert torch.equal(net(x), again(x))
     with safe_open(path, "pt") as file:
         assert file.metadata()["data"] == "shapes" and file.metadata()["seed"] == "0"
+
+
+def test_several_encoders_in_one_file(tmp_path):
+    "Each under its name, strictly: a file whose names do not say what it holds is refused."
+    nets, x = nn.ModuleDict({name: encoder(TINY) for name in ("one", "other")}), torch.randn(2, 3, 32, 32)
+    training = {name: net.training for name, net in nets.items()}
+    save_encoder(tmp_path / "both", nets, TINY, step=3)
+    assert {name: net.training for name, net in nets.items()} == training
+    again, found = load_encoder(tmp_path / "both")
+    assert list(again) == ["one", "other"] and found == TINY and about_encoder(tmp_path / "both")["step"] == "3"
+    with torch.no_grad():
+        assert all(torch.equal(again[name](x), nets[name].eval()(x)) and not again[name].training for name in nets)
+    with safe_open(tmp_path / "both", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, tmp_path / "wrong", about_encoder(tmp_path / "both") | dict(networks="one"))
+    with pytest.raises(ValueError, match="wrong is of another architecture: other"):
+        load_encoder(tmp_path / "wrong")
+
+
+def test_about_files_of_others(tmp_path):
+    save_file(dict(a=torch.zeros(1)), tmp_path / "foreign")
+    assert about_encoder(tmp_path / "foreign") == {}
+    (tmp_path / "broken").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="broken is broken, or no safetensors file"):
+        about_encoder(tmp_path / "broken")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        about_encoder(tmp_path / "absent")
 
 
 def test_half_precision(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from dino_edu.vit import Timm, ViT, attend, attention_weights, backbone, load_weights, pick_network, resize_positions, vit
+from dino_edu.vit import Timm, ViT, attend, attention_weights, backbone, load_weights, pick_network, read_file, resize_positions, vit
 
 
 def noisy(model):
@@ -228,6 +228,19 @@ def test_full_checkpoint_of_the_authors(tmp_path, which):
     assert report.dropped == ("head.mlp.0.weight", "head.last_layer.weight_g")
 
 
+def test_reading_and_picking_are_two_steps(tmp_path):
+    "What a file holds, then one network of it under plain names; both say where it is from."
+    nets = dict(teacher=small(), student=small())
+    torch.save(authors_checkpoint(**nets), tmp_path / "checkpoint.pth")
+    stored = read_file(tmp_path / "checkpoint.pth")
+    found, origin = pick_network(stored, "student", "mine")
+    assert origin == "student of mine" and torch.equal(found["norm.bias"], nets["student"].norm.bias)
+    assert set(found) - {"head.mlp.0.weight", "head.last_layer.weight_g"} == set(nets["student"].state_dict())
+    assert load_weights(small(), found, origin=origin).source == "student of mine"
+    with pytest.raises(ValueError, match="^mine does not fit this model"):
+        load_weights(small(stem="conv"), found, origin="mine")
+
+
 def test_scalars_under_numpy_1s_name(tmp_path):
     "Old files say numpy.core where NumPy 2 says numpy._core."
     net, ours, new, old = small(), small(), tmp_path / "new.pth", tmp_path / "old.pth"
@@ -343,14 +356,3 @@ def test_missing_and_foreign_files(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="list.pth holds a list"):
         load_weights(small(), tmp_path / "list.pth")
-
-
-def test_one_network_of_a_file():
-    "The one asked for, with plain names; a fuller name for messages."
-    one, other = torch.zeros(1), torch.ones(1)
-    stored = dict(teacher={"backbone.norm.bias": one}, student={"module.backbone.norm.bias": other}, epoch=3)
-    for which, tensor in (("teacher", one), ("student", other)):
-        assert pick_network(stored, which, "file.pth") == ({"norm.bias": tensor}, pick_network(stored, which, "file.pth")[1])
-        assert which in pick_network(stored, which, "file.pth")[1]
-    with pytest.raises(ValueError, match="file.pth"):
-        pick_network(dict(weights="here"), origin="file.pth")
