@@ -120,6 +120,7 @@ def test_temperature_in_numbers(temperature, center):
     assert len(bars) == 16 and sum(bars) == pytest.approx(1)
     mean_over_pictures = np.interp(temperature, *figure.axes[2].lines[0].get_data())
     assert f"entropy {mean_over_pictures:.2f} nats" in figure.get_label()
+    assert (mean_over_pictures > 0.99 * np.log(16)) == (temperature == 1.0)   # hot: uniform
     common = figure.axes[0].lines[0].get_ydata()
     assert (np.abs(common).max() < 1e-6) == (center == 1.0)
 
@@ -154,7 +155,7 @@ def test_explorer(pictures, tmp_path):
     explorer.file.value = str(tmp_path / "red.png")   # fewer patches or more: the choice must be one that there is
     assert explorer.picture.value.endswith("red.png") and (explorer.rows, explorer.columns) == (16, 32)
     explorer.size.value = 16
-    assert explorer.view.chosen == -1 or explorer.view.chosen < explorer.rows * explorer.columns
+    assert explorer.view.chosen == -1 and (explorer.rows, explorer.columns) == (4, 8)
     explorer.upload.value = (dict(name="blue.png", type="image/png", size=1, content=b"no picture", last_modified=datetime.now()),)
     assert "blue.png: not a readable picture" in explorer.view.caption
 
@@ -208,7 +209,10 @@ def test_map_without_scikit_learn(monkeypatch):
         flat_map(torch.randn(5, 3))
 
 
-def test_bar_closes_whatever_happens():
+def test_bar_closes_whatever_happens(monkeypatch):
+    closed = []
+    monkeypatch.setattr(ipywidgets.IntProgress, "close", lambda bar: closed.append(bar.value))
     assert with_bar(dict(one=lambda: 1, two=lambda: 2)) == dict(one=1, two=2)
     with pytest.raises(ZeroDivisionError):
-        with_bar(dict(bad=lambda: 1 / 0))
+        with_bar(dict(good=lambda: 1, bad=lambda: 1 / 0))
+    assert closed == [2, 1]
