@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .checkpoint import write_atomically
 from .laboratory import find, plan, run_table
 from .methods import METHODS
@@ -21,6 +23,7 @@ from .recipe import Recipe
 from .rows import Row, trials
 from .run import verdict
 from .score import standard_error
+from .segment import interval
 
 # %% ../nbs/10_ablate.ipynb #of-table
 def of_table(lines: Iterable[dict], # of rows.jsonl, of any table and base
@@ -63,16 +66,12 @@ def difference(values: Sequence[float], # of each pair, one less the other
     level: float = 0.95, # how often such an interval holds the truth
 ) -> Difference | None: # None without a pair
     "Mean and t-interval of paired differences."
-    from scipy.stats import t
-    n = len(values)
-    if not n:
+    if not values:
         return None
-    mean = sum(values) / n
-    if n == 1:
-        return Difference(mean, None, None, n, left_out)
-    sd = (sum((value - mean) ** 2 for value in values) / (n - 1)) ** 0.5
-    half = float(t.ppf((1 + level) / 2, n - 1)) * sd / n**0.5
-    return Difference(mean, mean - half, mean + half, n, left_out)
+    found = interval(torch.tensor(values, dtype=torch.double), level=level)
+    if found.n == 1:
+        return Difference(found.mean, None, None, 1, left_out)
+    return Difference(found.mean, found.low, found.high, found.n, left_out)
 
 # %% ../nbs/10_ablate.ipynb #paired
 def per_seed(lines: Iterable[dict], # of a table
