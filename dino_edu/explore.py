@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from .attention import attention_maps, enlarge, mass_mask, paint, show_attention, visible
+from .attention import attention_maps, cut_out, mass_mask, paint, show_attention, visible
 from .augment import MultiCrop
 from .core import entropy, keys, softmax
 from .files import decode
@@ -140,10 +140,7 @@ def touch_crops(pictures: Mapping[str, Tensor], # by name, as from `picker.galle
 # %% ../nbs/17_explore.ipynb #in-view
 def _in_view(image: Tensor, heat: Tensor, kind: str, mass: float) -> Tensor:
     "A picture with one map as `overlay`, as `map` alone, or as the `mask` that holds a share of its mass; uint8 `[3, H, W]`."
-    if kind == "mask":
-        keep = enlarge(mass_mask(heat, mass), image.shape[-2:])
-        return torch.where(keep, image, 0.1 * image + 230).to(torch.uint8)
-    return paint(image, heat, dict(overlay=0.65, map=1.0)[kind])
+    return cut_out(image, mass_mask(heat, mass)) if kind == "mask" else paint(image, heat, dict(overlay=0.65, map=1.0)[kind])
 
 # %% ../nbs/17_explore.ipynb #draw-attention
 def draw_attention(net: nn.Module, # one of our vision transformers

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention_maps, enlarge, mass_mask
+from .attention import attention_maps, cut_out, mass_mask
 from .data import Pictures
 from .score import knn, neighbours, votes
 from .segment import SWEEP, Scene, crossfit, interval, look
@@ -161,9 +161,8 @@ def worst_masks(net: nn.Module, # one of our vision transformers
     figure, axes = _grid(n, 6, 1.4)
     for ax, i in zip(axes, scores.argsort()[:n].tolist()):
         s, (mass, head) = scenes[i], divmod(int(choices[i]), table.shape[2])
-        kept = enlarge(mass_mask(attention_maps(net, s.image)[head], SWEEP[mass]), s.image.shape[1:])
-        picture = s.image.expand(3, -1, -1).permute(1, 2, 0) / 255
-        ax.imshow(torch.where(kept[:, :, None], picture, 0.15 * picture + 0.85).numpy())
+        kept = mass_mask(attention_maps(net, s.image)[head], SWEEP[mass])
+        ax.imshow(cut_out(s.image, kept).permute(1, 2, 0).numpy())
         ax.contour(s.masks[0].numpy(), levels=[0.5], colors="tab:orange", linewidths=1.5)
         ax.set_title(f"{100 * scores[i]:.0f} %", fontsize=9)
     return figure

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention_maps, crop_to_patches, enlarge, mass_mask
+from .attention import attention_maps, crop_to_patches, cut_out, enlarge, mass_mask
 from .augment import normalize
 
 # %% ../nbs/04a_patches.ipynb #patch-features
@@ -188,13 +188,13 @@ def show_object(image: Tensor, # uint8 `[C, H, W]`
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     part, mask = _object(encoder, image, mass, head, layer)
-    picture = _whole(image, encoder)
+    picture = crop_to_patches(image, encoder.patch_size)
     top, left, height, width = bounding_box(part)
-    aspect = picture.shape[0] / picture.shape[1]
+    aspect = picture.shape[1] / picture.shape[2]
     fig = Figure(figsize=(5.7, 1.9 * aspect + 0.4), dpi=64, facecolor="white", layout="constrained")
     axes = fig.subplots(1, 3)
     for ax, kept in zip(axes, (torch.ones_like(mask), mask, part)):
-        ax.imshow(np.where(kept.numpy()[:, :, None], picture / 255, 0.1 * picture / 255 + 0.9))
+        ax.imshow(cut_out(picture, kept).permute(1, 2, 0).numpy())
         ax.set(xticks=[], yticks=[])
     axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor="cyan", linewidth=2))
     if truth is not None:

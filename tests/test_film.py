@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dino_edu.attention import attention_maps, jaccard
-from dino_edu.film import VIEWS, Clip, brightest, contact_sheet, film, moving_shape, paint, read_frames, steadiness, watch
+from dino_edu.film import VIEWS, Clip, brightest, contact_sheet, film, moving_shape, read_frames, side_by_side, steadiness, watch
 from dino_edu.vit import ViT
 
 av = pytest.importorskip("av", reason="the extra `video` is not installed")
@@ -191,31 +191,31 @@ def test_watch():
 
 
 @pytest.mark.parametrize("patch_size, height, width", [(4, 24, 32), (4, 27, 33), (5, 27, 33), (16, 47, 47)])
-def test_paint_leaves_out_what_fills_no_patch(patch_size, height, width):
+def test_frames_leave_out_what_fills_no_patch(patch_size, height, width):
     frame, grid = torch.randint(0, 256, (3, height, width), dtype=torch.uint8), (height // patch_size, width // patch_size)
-    painted = paint(frame, torch.rand(grid), patch_size, 1.0)
+    painted = side_by_side(frame, torch.rand(grid), patch_size, 1.0)
     h, w = grid[0] * patch_size, grid[1] * patch_size
     assert painted.shape == (3, h, 3 * w) and torch.equal(painted[:, :, :w], frame[:, :h, :w])
 
 
 def test_paint_has_one_scale():
     frame, heat = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([[0.1, 0.2], [0.3, 0.4]])
-    overlay = paint(frame, heat, 4, 0.4, views=["overlay"])
-    brighter = paint(frame, 2 * heat, 4, 0.4, views=["overlay"])
+    overlay = side_by_side(frame, heat, 4, 0.4, views=["overlay"])
+    brighter = side_by_side(frame, 2 * heat, 4, 0.4, views=["overlay"])
     assert torch.equal(overlay[:, 0, 4], brighter[:, 0, 0]) and torch.equal(brighter[:, 0, 4], brighter[:, 7, 7])
-    assert paint(frame, torch.zeros(2, 2), 4, 0.0, views=["overlay"]).float().mean() < 10
+    assert side_by_side(frame, torch.zeros(2, 2), 4, 0.0, views=["overlay"]).float().mean() < 10
     assert brightest(torch.arange(101.0).view(1, 1, 101)) == 99
 
 
 def test_paint_of_grey_frames_and_bad_input():
     frame, heat = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.ones(2, 2)
-    assert paint(frame, heat, 4, 1.0, views=VIEWS[::-1]).shape == (3, 8, 24)
+    assert side_by_side(frame, heat, 4, 1.0, views=VIEWS[::-1]).shape == (3, 8, 24)
     with pytest.raises(ValueError, match="picture, overlay, mask, not heat"):
-        paint(frame, heat, 4, 1.0, views=["heat"])
+        side_by_side(frame, heat, 4, 1.0, views=["heat"])
     with pytest.raises(ValueError, match="not none"):
-        paint(frame, heat, 4, 1.0, views=[])
+        side_by_side(frame, heat, 4, 1.0, views=[])
     with pytest.raises(ValueError, match="map of 2 x 2 patches was not made from a frame of 8 x 12 pixels"):
-        paint(torch.zeros(3, 8, 12, dtype=torch.uint8), heat, 4, 1.0)
+        side_by_side(torch.zeros(3, 8, 12, dtype=torch.uint8), heat, 4, 1.0)
 
 
 # Films
@@ -226,7 +226,7 @@ def test_mp4_read_back(tmp_path):
     back = read_frames(tmp_path / "new" / "look.mp4")
     assert (back.fps, back.count) == (12, 6) and torch.equal(maps, watch(encoder, frames))
     bright = brightest(maps)
-    wanted = torch.stack([paint(frame, heat, 4, bright, 0.5) for frame, heat in zip(frames, maps)])
+    wanted = torch.stack([side_by_side(frame, heat, 4, bright, 0.5) for frame, heat in zip(frames, maps)])
     assert near(stack(back), wanted) and stack(back).shape == (6, 3, 24, 96)
 
 
@@ -261,7 +261,7 @@ def test_gif_keeps_its_length(tmp_path, fps):
 def test_one_frame(tmp_path, ending):
     path = tmp_path / f"look{ending}"
     maps = film(path, gradient(1), net())
-    assert len(maps) == 1 and near(stack(read_frames(path)), paint(gradient(1)[0], maps[0], 4, brightest(maps))[None])
+    assert len(maps) == 1 and near(stack(read_frames(path)), side_by_side(gradient(1)[0], maps[0], 4, brightest(maps))[None])
 
 
 class Stopped:
