@@ -336,9 +336,10 @@ def live(centering: bool = True, # off: the center stays 0
 def explore():
     "The same with switches, sliders and a button to train: an ipywidgets VBox, last in it the `Picker` that shows the figure."
     import ipywidgets
-    from dino_edu.picker import Picker, png
+
+    from dino_edu.picker import ROOM, Picker, png
     controls, button = _controls(), ipywidgets.Button(description="train")
-    bar, view = ipywidgets.IntProgress(description="training", **_room()), Picker()
+    bar, view = ipywidgets.IntProgress(description="training", **ROOM), Picker()
 
     def counted(steps: Iterable, total: int) -> Iterator:
         bar.max = total
@@ -362,17 +363,14 @@ def explore():
 def _controls() -> dict:
     "A switch or a slider for every argument of `live`."
     from ipywidgets import Checkbox, FloatLogSlider, FloatSlider, IntSlider
+
+    from dino_edu.picker import ROOM
     return dict(
         centering=Checkbox(True, description="centering"),
         sharpening=Checkbox(True, description="sharpening"),
         head_bn=Checkbox(False, description="BatchNorm in the head"),
-        momentum=FloatSlider(0.98, min=0.0, max=1.0, step=0.01, description="momentum", **_room()),
-        learning_rate=FloatLogSlider(1.0, base=2, min=-3, max=5, step=1, description="times the learning rate", **_room()),
-        seed=IntSlider(0, min=0, max=9, description="seed", **_room()),
-        steps=IntSlider(120, min=40, max=480, step=40, description="steps", **_room()),
+        momentum=FloatSlider(0.98, min=0.0, max=1.0, step=0.01, description="momentum", **ROOM),
+        learning_rate=FloatLogSlider(1.0, base=2, min=-3, max=5, step=1, description="times the learning rate", **ROOM),
+        seed=IntSlider(0, min=0, max=9, description="seed", **ROOM),
+        steps=IntSlider(120, min=40, max=480, step=40, description="steps", **ROOM),
     )
-
-
-def _room() -> dict:
-    "Enough width for a slider and its name."
-    return dict(layout=dict(width="32em"), style=dict(description_width="11em"))

@@ -9,7 +9,8 @@ __all__ = ['panel', 'draw_temperature', 'touch_temperature', 'draw_crops', 'touc
 # %% ../nbs/17_explore.ipynb #imports
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import ipywidgets
 import torch
@@ -22,7 +23,7 @@ from .attention import attention_maps, cut_out, mass_mask, paint, show_attention
 from .augment import MultiCrop
 from .core import entropy, keys, softmax
 from .files import decode
-from .picker import Picker, grid_points, png, to_patches
+from .picker import ROOM, Picker, grid_points, png, to_patches
 
 # %% ../nbs/17_explore.ipynb #panel
 def panel(draw: Callable[..., Figure], # takes the controls' values by name; the figure's label says what is to be seen
@@ -46,13 +47,12 @@ def panel(draw: Callable[..., Figure], # takes the controls' values by name; the
 
 def _slider(kind: type, description: str, **options) -> ipywidgets.Widget:
     "A slider with room for its name, which redraws when it is let go."
-    layout, style = ipywidgets.Layout(width="32em"), dict(description_width="11em")
-    return kind(description=description, continuous_update=False, layout=layout, style=style, **options)
+    return kind(description=description, continuous_update=False, **ROOM, **options)
 
 
 def _choice(description: str, options) -> ipywidgets.Dropdown:
     "A list to choose from, as wide as the sliders."
-    return ipywidgets.Dropdown(description=description, options=options, layout=ipywidgets.Layout(width="32em"), style=dict(description_width="11em"))
+    return ipywidgets.Dropdown(description=description, options=options, **ROOM)
 
 # %% ../nbs/17_explore.ipynb #draw-temperature
 def draw_temperature(temperature: float = 0.04, # tau of the teacher
@@ -159,6 +159,21 @@ def draw_attention(net: nn.Module, # one of our vision transformers
     return figure
 
 # %% ../nbs/17_explore.ipynb #touch-attention
+@contextmanager
+def _counted(blocks: nn.ModuleList, bar: ipywidgets.IntProgress) -> Iterator[None]:
+    "Show a bar that moves on with every block of a network."
+    bar.max, bar.value, bar.layout.visibility = max(1, len(blocks)), 0, "visible"
+    def move_on(*_):
+        bar.value += 1
+    hooks = [block.register_forward_hook(move_on) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        bar.layout.visibility = "hidden"
+
+
 class AttentionExplorer(ipywidgets.VBox):
     "Networks and pictures to choose from, or to upload; a picture to click on, and its heads."
 
@@ -175,9 +190,10 @@ class AttentionExplorer(ipywidgets.VBox):
         self.head = _choice("head", [("mean", -1)])
         self.mass = _slider(ipywidgets.FloatSlider, "mass of the mask", min=0.05, max=1, step=0.05, value=0.6)
         self.kind = ipywidgets.ToggleButtons(description="show", options=["overlay", "mask", "map"])
+        self.bar = ipywidgets.IntProgress(description="looking", **ROOM)
         self.view, self.heads = Picker(), Picker()
         super().__init__([self.picture, ipywidgets.HBox([self.upload, self.file]), self.network, self.size, self.layer,
-                          self.head, self.mass, self.kind, self.view, self.heads])
+                          self.head, self.mass, self.kind, self.bar, self.view, self.heads])
         self._fit_network()
         self.network.observe(self._fit_network, "value")
         self.upload.observe(self._uploaded, "value")
@@ -192,12 +208,16 @@ class AttentionExplorer(ipywidgets.VBox):
     def _fit_network(self, _=None):
         "Offer the layers of the chosen network, and read the picture twice as large as the views that it learnt from."
         net, size = self.networks[self.network.value]
+        self.settled = False
         self.layer.max = self.layer.value = len(net.blocks)
         self.size.value = 2 * size
+        self.settled = True
         self._look()
 
     def _look(self, _=None):
         "Ask the network; what goes wrong is said under the picture."
+        if not self.settled:
+            return
         net, _ = self.networks[self.network.value]
         try:
             self.image = to_patches(self.pictures[self.picture.value], self.size.value, net.patch_size)
@@ -205,7 +225,8 @@ class AttentionExplorer(ipywidgets.VBox):
             if self.view.chosen >= self.rows * self.columns:
                 self.view.chosen = -1   # comes back here
                 return
-            self.maps = attention_maps(net, self.image, self.layer.value - 1, 1 + self.view.chosen)
+            with _counted(net.blocks[:self.layer.value - 1], self.bar):
+                self.maps = attention_maps(net, self.image, self.layer.value - 1, 1 + self.view.chosen)
         except ValueError as error:
             self.view.caption = str(error)
             return

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from .data import Pictures
-from .picker import Picker, grid_points, png, to_patches
+from .picker import ROOM, Picker, grid_points, png, to_patches
 from .score import neighbours
 
 # %% ../nbs/08g_map.ipynb #draw-neighbours
@@ -116,7 +116,7 @@ def with_bar(work: Mapping[str, Callable[[], object]], # name -> what to do
 ) -> dict[str, object]: # name -> what came out
     "Do one thing after the other under a progress bar that says which."
     from IPython.display import display
-    bar = ipywidgets.IntProgress(max=len(work), layout=ipywidgets.Layout(width="32em"), style=dict(description_width="11em"))
+    bar = ipywidgets.IntProgress(max=len(work), **ROOM)
     display(bar)
     done = {}
     try:

@@ -160,6 +160,19 @@ def test_explorer(pictures, tmp_path):
     assert "blue.png: not a readable picture" in explorer.view.caption
 
 
+def test_explorer_asks_once_under_a_bar(pictures):
+    large, asked, seen = net(1, heads=4, depth=3), [], []
+    large.patch_embed.register_forward_hook(lambda *_: asked.append(large))
+    explorer = AttentionExplorer({"small": (net(), 16), "large": (large, 32)}, pictures)
+    explorer.bar.observe(lambda change: seen.append((change.new, explorer.bar.max, explorer.bar.layout.visibility)), "value")
+    explorer.network.value = "large"
+    assert len(asked) == 1 and explorer.bar.layout.visibility == "hidden"
+    assert [each for each in seen if each[0]] == [(1, 2, "visible"), (2, 2, "visible")]   # the last block is asked for its attention alone
+    explorer.view.chosen = 5
+    explorer.mass.value = 0.3   # paints anew, asks nobody
+    assert len(asked) == 2
+
+
 def test_emergence(pictures):
     course = {0: dict(student=net(0), teacher=net(0)), 5: dict(student=net(1), teacher=net(2))}
     figure = draw_emergence(course, next(iter(pictures.values())), 32)
