@@ -7,13 +7,16 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 TOOLS := .venv/.tools
 
-.PHONY: help demo test install lab export readme full hooks clean
+.PHONY: help demo figures test install lab export readme full hooks clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(PACKAGE)  ## train a small DINO on generated pictures and show what it has learnt (minutes, on a CPU)
 	$(BIN)/dino-edu demo --out runs/demo
+
+figures: $(PACKAGE)  ## draw the README's picture anew, from the snapshots that ship
+	$(BIN)/dino-edu poster --out nbs/images/poster.png --dpi 110
 
 test: $(TOOLS)  ## everything that CI runs: lint, every notebook, the house rules, coverage
 	$(BIN)/ruff check .

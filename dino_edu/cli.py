@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .look import Attention, Film, Segment
+from .look import Attention, Film, Poster, Segment
 
 # %% ../nbs/18_cli.ipynb #train
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None:
     args = sys.argv[1:] if args is None else args
     if args[:1] == ["bench"] and (not args[1:] or args[1].startswith("-")) and args[1:2] != ["--help"]:
         args = ["bench", "small", *args[1:]]
-    commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, demo=Demo)
+    commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, poster=Poster, demo=Demo)
     commands = {name: _options(command, asked=args[:1] == [name]) for name, command in commands.items()}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="dino-edu", args=args, config=config)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['panel', 'draw_temperature', 'touch_temperature', 'draw_crops', 'touch_crops', 'draw_attention', 'AttentionExplorer',
-           'draw_emergence', 'touch_emergence']
+           'draw_emergence', 'touch_emergence', 'draw_poster']
 
 # %% ../nbs/17_explore.ipynb #imports
 import io
@@ -23,6 +23,7 @@ from .attention import attention_maps, cut_out, mass_mask, paint, show_attention
 from .augment import MultiCrop
 from .core import entropy, keys, softmax
 from .files import decode
+from .patches import patch_features, pca_maps, similarity
 from .picker import ROOM, Picker, grid_points, png, to_patches
 
 # %% ../nbs/17_explore.ipynb #panel
@@ -317,3 +318,31 @@ def touch_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> tea
         kind=_choice("show", ["overlay", "mask", "map"]),
         mass=_slider(ipywidgets.FloatSlider, "mass of the mask", min=0.05, max=1, step=0.05, value=0.6),
         head=_choice("head", [("mean", -1), *((f"head {i + 1}", i) for i in range(heads))]))
+
+# %% ../nbs/17_explore.ipynb #draw-poster
+def draw_poster(course: Mapping[int, Mapping[str, nn.Module]], # step -> teacher and student, as from `weights.snapshots`
+    pictures: Sequence[Tensor], # uint8 `[3, H, W]` each, a row each
+    size: int, # shorter side that the networks read, in pixels
+    mass: float = 0.6, # share of the attention that the mask keeps
+) -> Figure:
+    "The teacher's look after every step of a course, and mask, principal components and likeness by the last teacher."
+    teacher = course[max(course)]["teacher"]
+    small = [to_patches(image, size, teacher.patch_size) for image in pictures]
+    features = [patch_features(teacher, image) for image in small]
+    figure = Figure(figsize=(1.1 * (4 + len(course)), 1.1 * len(small) + 0.3), dpi=64, facecolor="white", layout="constrained")
+    grid = figure.subplots(len(small), 4 + len(course), squeeze=False)
+    for row, image, patches, colours in zip(grid, small, features, pca_maps(features)):
+        looks = [attention_maps(nets["teacher"], image).mean(0) for nets in course.values()]
+        place = divmod(int(looks[-1].argmax()), looks[-1].shape[1])
+        views = [image, *(paint(image, look, high=float(look.quantile(0.97))) for look in looks), cut_out(image, mass_mask(looks[-1], mass))]
+        for axes, view in zip(row, views):
+            axes.imshow(view.permute(1, 2, 0))
+        row[-2].imshow(colours)
+        row[-1].imshow(similarity(patches, patches[place]))
+        row[-1].plot(*place[::-1], "wo", mec="black")
+    for axes, title in zip(grid[0], ["picture", *(f"step {step:,}" for step in course), "mask", "components", "likeness"]):
+        axes.set_title(title, fontsize=9)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    figure.set_label(f"{len(small)} pictures, and what the class token looks at after step {', '.join(f'{step:,}' for step in course)}")
+    return figure

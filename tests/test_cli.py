@@ -13,7 +13,7 @@ from PIL import Image
 from dino_edu.bench import table
 from dino_edu.cli import Ablate, Bench, Demo, Diagnose, Score, Training, before_and_after, main, plan
 from dino_edu.data import load
-from dino_edu.look import Attention, Film, Segment
+from dino_edu.look import Attention, Film, Poster, Segment
 from dino_edu.recipe import method, override, shapes
 from dino_edu.run import recipe_of
 from dino_edu.weights import encoder, find_encoder, snapshots
@@ -47,7 +47,7 @@ def test_module_is_a_command():
     assert done.returncode == 0 and "linear probe" in done.stdout
 
 
-@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Film, ["film"]), (Segment, ["segment"]), (Demo, ["demo"])])
+@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Film, ["film"]), (Segment, ["segment"]), (Poster, ["poster"]), (Demo, ["demo"])])
 def test_every_option_has_a_help_text(command, words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--help"])
@@ -173,6 +173,16 @@ def test_segment(run, tmp_path, capsys):
     assert row["table"] == "segment" and row["row"] == "short" and {"curves", "size", "commit"} <= row.keys() and row["metrics"]["objects"] == 12
     assert "no preset 'nothing'" in refused("segment", str(run), "--base", "nothing")
     assert "nowhere" in refused("segment", str(run), "--data", str(tmp_path / "nowhere"))
+
+
+def test_poster(run, tmp_path, capsys):
+    Image.new("RGB", (90, 60), "blue").save(tmp_path / "sea.png")
+    out = tmp_path / "sheet.png"
+    main(["poster", str(tmp_path / "sea.png"), "--steps", "2", "--size", "24", "--dpi", "100", "--out", str(out)])
+    with Image.open(out) as sheet:
+        assert sheet.size == (660, 140)   # a picture, two steps, three findings
+    assert "nowhere" in refused("poster", "--course", str(tmp_path / "nowhere"))
+    assert "at least one" in refused("poster", "--steps", "0")
 
 
 def test_shipped_encoder():
