@@ -1,18 +1,25 @@
 """Chapter 08 against other libraries and double loops, and what it says to bad input."""
 import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from dino_edu.augment import center_crop
+from dino_edu.core import rank, world_size
 from dino_edu.data import Pictures
-from dino_edu.score import (accuracy, features, knn, linear_probe, neighbours, pixel_knn, pixels, score, standard_error,
-                            votes)
+from dino_edu.score import (accuracy, check_features, features, knn, knn_sweep, leave_one_out, linear_probe, neighbours, pixel_knn, pixels,
+                            score, standard_error, votes)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -83,6 +90,16 @@ def test_features_of_no_pictures():
         features(nn.Flatten(), tinted(3).subset([]), 8)
 
 
+def test_features_of_another_view():
+    "The view is told which pictures it sees, batch by batch."
+    def numbered(images, sizes, index):
+        assert images.shape[1:] == (3, 12, 12) and (sizes == 12).all()
+        return images.float() + 1000 * index[:, None, None, None]
+    found = features(nn.Flatten(), pictures := tinted(7), 8, batch=3, view=numbered)
+    expected = pictures.batch(range(7))[0].float() + 1000 * torch.arange(7)[:, None, None, None]
+    assert torch.equal(found, expected.flatten(1))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixels_of_many_sizes(channels):
     pictures, images = of_many_sizes(channels)
@@ -114,6 +131,53 @@ def test_neighbours_at_the_edges():
     assert torch.equal(similarity[1], torch.zeros(3)), "a point at the origin is near to nobody, and not NaN"
     assert neighbours(query.half(), gallery.half(), 1)[0].dtype == torch.float32
     assert neighbours(query, gallery[:0], 5)[1].shape == (2, 0)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 49, 1000])
+def test_neighbours_in_any_tiles(tile, monkeypatch):
+    gallery, _, query, _ = blobs(50, 23)
+    expected = neighbours(query, gallery, 20)
+    monkeypatch.setattr("dino_edu.score.TILE", tile)
+    similarity, index = neighbours(query, gallery, 20)
+    assert torch.equal(index, expected[1])
+    torch.testing.assert_close(similarity, expected[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 2**26])
+def test_neighbours_leave_out_a_row(budget):
+    gallery, _, query, _ = blobs(30, 9)
+    skip = torch.tensor([0, 29, 3, 3, 8, 11, 17, 20, 5])
+    similarity, index = neighbours(query, gallery, 99, budget, skip)
+    assert index.shape == (9, 29) and torch.isfinite(similarity).all()
+    for point, out, found in zip(query, skip.tolist(), index.tolist(), strict=True):
+        cosine = [float(point @ other / point.norm() / other.norm()) for other in gallery]
+        assert found == [i for i in sorted(range(30), key=lambda i: -cosine[i]) if i != out]
+
+
+MEMORY = """
+import resource, sys, torch
+from dino_edu.score import knn
+torch.set_num_threads(1)
+
+def peak():   # on Linux `ru_maxrss` starts with the peak of the process that started this one
+    if sys.platform == "linux":
+        return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+gallery, labels = torch.empty(300_000, 256), torch.arange(300_000) % 9
+for part in gallery.split(10_000):
+    part.uniform_(-1, 1)
+knn(gallery[:70_000], labels[:70_000], gallery[:200], labels[:200])   # what libraries and tiles need
+before = peak()
+knn(gallery, labels, gallery[:200], labels[:200])
+print(peak() - before)
+"""
+
+
+def test_knn_makes_no_copy_of_the_gallery():
+    "307 MB of points: one copy more, or the whole matrix of 240 MB, would show."
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150e6
 
 
 # Votes and k-NN
@@ -170,6 +234,107 @@ def test_knn_on_device(device):
         assert knn(*moved)[20] == pytest.approx(knn(*data)[20])
 
 
+def test_sweep_is_knn_at_every_pair():
+    data = blobs(90, 41, classes=5, seed=5, spread=2.)
+    found = knn_sweep(*data, ks=(1, 7, 500), temperatures=(.05, 1.))
+    assert list(found) == [(k, T) for k in (1, 7, 500) for T in (.05, 1.)]
+    for (k, T), value in found.items():
+        assert value == pytest.approx(knn_by_hand(*data, k, T)), (k, T)
+    assert {k: found[k, .05] for k in (1, 7, 500)} == knn(*data, (1, 7, 500), .05)
+
+
+def test_sweep_searches_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("dino_edu.score.neighbours", lambda *args, **named: calls.append(1) or neighbours(*args, **named))
+    knn_sweep(*blobs(60, 20), ks=(1, 5, 10), temperatures=(.01, .1, 1.))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("k, temperature, disagree", [(1, .07, 0), (5, .07, 0), (500, .2, 0), (500, .2, 1)])   # a small k may cut between twins that disagree
+def test_leave_one_out_equals_a_loop(k, temperature, disagree):
+    z, labels, _, _ = blobs(45, 1, classes=4, spread=2.)
+    z, labels = torch.cat([z, z[:9]]), torch.cat([labels, (labels[:9] + disagree) % 4])   # nine pictures are in the set twice
+    right = [torch.tensor(knn_by_hand(z[~out], labels[~out], z[out], labels[out], k, temperature))
+             for out in torch.eye(len(z), dtype=torch.bool)]
+    found = leave_one_out(z, labels, [k], [temperature])[k, temperature]
+    assert found == pytest.approx(torch.stack(right).mean(0).tolist())
+
+
+def test_leave_one_out_refuses_what_says_nothing():
+    with pytest.raises(ValueError, match="at least two classes"):
+        leave_one_out(torch.randn(9, 3), torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="have no labels"):
+        leave_one_out(torch.randn(9, 3), None)
+
+
+# Two processes
+
+KS = (1, 5, 20, 500)
+
+
+def ask_shared():
+    "Scores of galleries that are dealt out, as one of the ranks sees them."
+    mine = slice(rank(), None, world_size())
+    few, pictures = blobs(11, 40, classes=3), tinted(25)
+    found = {}
+    for name, (train, labels, test, truth) in dict(many=blobs(151, 60, classes=7, spread=2.), few=few).items():
+        found[name] = knn_sweep(train[mine], labels[mine], test, truth, KS, (.07, 1.), shared=True)
+    found["share"] = features(nn.Flatten(), pictures, 8, gather=False)
+    found["all"] = features(nn.Flatten(), pictures, 8)
+    try:
+        knn(few[0][mine], torch.full((len(few[0][mine]),), 4), *few[2:], shared=True)
+    except ValueError as error:
+        found["one class"] = str(error)
+    by_rank = torch.full((len(few[0][mine]),), rank())   # one class here, another there: two classes
+    found["two classes"] = knn(few[0][mine], by_rank, *few[2:], ks=[3], shared=True)
+    return found
+
+
+def work(me, folder):
+    "One of two processes: write what it found."
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=me, world_size=2)
+    torch.save(ask_shared(), f"{folder}/rank{me}.writing")
+    os.rename(f"{folder}/rank{me}.writing", f"{folder}/rank{me}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    "What two gloo processes wrote. Their exit status says nothing: gloo may abort while the interpreter ends."
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=work, args=(me, str(folder)), daemon=True) for me in range(2)]
+    for process in processes:
+        process.start()
+    files, deadline = [folder / f"rank{me}.pt" for me in range(2)], time.monotonic() + 120
+    while not all(file.exists() for file in files) and time.monotonic() < deadline and any(p.is_alive() for p in processes):
+        time.sleep(0.1)
+    for process in processes:
+        process.join(10)
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+@pytest.mark.parametrize("name, data", [("many", blobs(151, 60, classes=7, spread=2.)), ("few", blobs(11, 40, classes=3))])
+def test_shares_of_two_ranks_are_one_gallery(two_ranks, name, data):
+    "Also where a rank has fewer points than there are votes."
+    assert two_ranks[0][name] == two_ranks[1][name]
+    for pair, expected in knn_sweep(*data, KS, (.07, 1.)).items():
+        assert two_ranks[0][name][pair] == pytest.approx(expected), pair
+
+
+def test_shares_of_features(two_ranks):
+    expected = features(nn.Flatten(), tinted(25), 8)
+    for me, found in enumerate(two_ranks):
+        assert torch.equal(found["share"], expected[me::2]) and torch.equal(found["all"], expected)
+
+
+def test_shares_know_all_classes(two_ranks):
+    for found in two_ranks:
+        assert "at least two classes" in found["one class"] and found["two classes"] == two_ranks[0]["two classes"]
+
+
 def test_votes_do_not_overflow():
     similarity, labels = torch.tensor([[.9, .8, -1.]]), torch.tensor([[1, 0, 0]])
     for temperature in (1e-4, 1e-3, .07, 1e6):
@@ -201,6 +366,7 @@ BAD = {
     "no truth": ((*good[:3], None), "the test pictures have no labels"),
     "one class": ((good[0], torch.ones(30, dtype=torch.int64), *good[2:]), "at least two classes"),
     "nothing to learn from": ((good[0][:0], good[1][:0], *good[2:]), r"train: .* not \[0, 16\] and 0 labels"),
+    "features of no width": ((good[0][:, :0], *good[1:]), r"train: .* not \[30, 0\]"),
     "nothing to classify": ((*good[:2], good[2][:0], good[3][:0]), r"test: .* not \[0, 16\]"),
     "other number of labels": ((good[0], good[1][:-1], *good[2:]), r"train: .* not \[30, 16\] and 29 labels"),
     "a map for each picture": ((good[0].view(30, 4, 4), *good[1:]), r"features must be \[N, D\]"),
@@ -209,7 +375,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("judge", [knn, linear_probe])
+@pytest.mark.parametrize("judge", [knn, linear_probe, check_features])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(judge, case):
     data, message = BAD[case]

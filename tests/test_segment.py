@@ -13,8 +13,8 @@ from dino_edu.data import Pictures, load
 from dino_edu.recipe import override, shapes
 from dino_edu.run import record
 from dino_edu.segment import (
-    MASSES, SWEEP, Interval, Scene, area, blob, crossfit, davis, fresh, group_means, interval, look, measure, plot_segment, read_scenes, scene,
-    scenes_of, segment, segment_markdown, voc,
+    MASSES, SWEEP, Interval, Scene, area, blob, crossfit, davis, davis_pairs, fresh, group_means, interval, look, measure, plot_segment, read_scenes,
+    scene, scenes_of, segment, segment_markdown, voc,
 )
 from dino_edu.shapes import make
 from dino_edu.vit import backbone
@@ -122,6 +122,16 @@ def test_lists_of_davis_itself(tmp_path):
     folder = write(tmp_path, files)
     assert [s.name for s in davis(folder, 24, 4, "480p/val")] == ["swan/00001"]
     assert len(davis(folder, 24, 4, None)) == 6
+
+
+def test_lists_of_sequences(tmp_path):
+    files = davis_files() | {"ImageSets/2017/val.txt": b"swan\nbear\n"}
+    folder = write(tmp_path, files)
+    whole = [f"{sequence}/{f:05}" for sequence in ("swan", "bear") for f in range(3)]
+    assert [frame for frame, _, _ in davis_pairs(folder, "2017/val")] == whole
+    (folder / "ImageSets/2017/val.txt").write_text("sw\n")
+    with pytest.raises(ValueError, match="frame sw is listed, but has no picture"):
+        list(davis_pairs(folder, "2017/val"))
 
 
 def test_frames_without_an_object_are_left_out(tmp_path):
