@@ -181,30 +181,31 @@ class Ablate:
 # %% ../nbs/18_cli.ipynb #score
 @dataclass(frozen=True)
 class Score:
-    "Judge a trained encoder: weighted k-NN and a linear probe, beside raw pixels."
+    "Judge a trained encoder beside untrained ones: neighbours, a linear classifier, few labels, retrieval, copies, outlines, videos."
     weights: tyro.conf.Positional[str]  # a run's folder, a file, or the name of a shipped or released encoder
     data: str | None = None  # a name or a path; by default what the encoder learnt from
+    protocols: tuple[str, ...] = ("knn", "linear")  # of knn, linear, low_shot, retrieval, copies, attention, video; or all
+    davis: Path | None = None  # folder or archive of DAVIS, for attention and video
+    inits: int = 3  # untrained networks beside it
+    seed: int = 0  # of generated pictures, splits, draws and copies
     device: str = "auto"  # auto, cpu, cuda, ...
-    linear: bool = True  # a linear probe beside k-NN
-    out: Path | None = None  # write the metrics to this JSON file too
+    out: Path | None = None  # folder for report.json, report.md, index.html and figures
 
     def __call__(self) -> None:
-        "Print the metrics."
+        "Run the protocols, print what they find, and write the report."
         from dino_edu.core import pick_device
         from dino_edu.data import load
-        from dino_edu.score import pixel_knn, score
+        from dino_edu.judge import Task, choose_protocols
+        from dino_edu.report import report
         from dino_edu.weights import find_encoder
-        net, recipe, _ = find_encoder(self.weights)
-        source, place = self.data or recipe.data, pick_device(self.device)
-        train_set, val_set = load(source, recipe.picture_size, recipe.in_chans)
-        if val_set is None:
-            raise ValueError(f"{source} has no labels: there is nothing to score against")
-        metrics = score(dict(teacher=net.to(place)), train_set, val_set, recipe.global_size, place, linear=self.linear)
-        metrics["knn_pixels"] = pixel_knn(train_set, val_set)
-        for name, value in metrics.items():
-            print(f"{name:16} {value:6.2f} %")
+        names, found = choose_protocols(self.protocols), find_encoder(self.weights)
+        source, recipe = self.data or found.recipe.data, found.recipe
+        pictures = load(source, recipe.picture_size, recipe.in_chans, seed=self.seed)
+        task = Task(found, *pictures, pick_device(self.device), self.inits, self.seed, self.davis)
+        report(task, self.weights, names, self.out, print)
+        print(found.loaded)
         if self.out:
-            self.out.write_text(json.dumps(metrics, indent=1))
+            print(f"the report is {self.out / 'index.html'}")
 
 # %% ../nbs/18_cli.ipynb #demo
 @dataclass(frozen=True)

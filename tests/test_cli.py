@@ -114,9 +114,11 @@ def overheated(net):
 
 
 def test_score(run, tmp_path, capsys):
-    main(["score", str(run), "--data", "shapes:100", "--out", str(tmp_path / "metrics.json")])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert {"knn_teacher", "linear_teacher", "knn_pixels"} <= set(metrics) and "knn_pixels" in capsys.readouterr().out
+    main(["score", str(run), "--data", "shapes:100", "--protocols", "knn", "--inits", "1", "--out", str(tmp_path / "judged")])
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "judged" / "report.json").read_text())
+    assert "trained less this" in said and "50 tensors loaded" in said and str(tmp_path / "judged" / "index.html") in said
+    assert {"trained", "untrained", "pixels"} <= found["protocols"]["knn"].keys() and found["facts"]["data"] == "shapes val"
+    assert "no protocol kmeans" in refused("score", str(run), "--protocols", "kmeans")
 
 
 def test_attention_of_a_wide_photograph(tmp_path, capsys):
