@@ -338,7 +338,7 @@ def _keep_best(run: Run, step: int) -> None:
     if step in scores and scores[step] == max(scores.values()):
         keep(run.checkpoint, "best.pt")
 
-# %% ../nbs/15_transfer.ipynb #finish
+# %% ../nbs/15_transfer.ipynb #read-classifier
 def read_classifier(folder: Path | str, # of a run of `finetune`
     net: nn.Module, # an encoder of the same architecture; its weights do not matter
 ) -> Classifier: # in evaluation mode
@@ -353,7 +353,7 @@ def read_classifier(folder: Path | str, # of a run of `finetune`
     model.load_state_dict(weights)
     return model.eval()
 
-# %% ../nbs/15_transfer.ipynb #finish-finish
+# %% ../nbs/15_transfer.ipynb #finish
 def _finish(run: Run, net: nn.Module, tuning: Tuning, name: str, val_set: Pictures | Streamed, place: torch.device, seed: int, total: int, seconds: float) -> dict:
     "Score the chosen classifier on val, once, and write the summary."
     gather_rows(torch.zeros(1))   # wait until rank 0 has written

@@ -74,7 +74,7 @@ def _inaturalist(root: Path, size: int | None, year: int) -> list[Streamed]:
         found.append(_streamed(root, [root / files[line["image_id"]] for line in part["annotations"]], labels, map(str, classes), f"inat{year % 100} {split}", size))
     return found
 
-# %% ../nbs/15a_travel.ipynb #read-target
+# %% ../nbs/15a_travel.ipynb #elsewhere
 ELSEWHERE = dict(   # how to read a set, and how to get it
     flowers102=(_flowers, "fetch it once with torchvision.datasets.Flowers102(root, download=True)"),
     cars=(_cars, "its first address is gone; put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into stanford_cars/ there"),
@@ -82,7 +82,7 @@ ELSEWHERE = dict(   # how to read a set, and how to get it
     inat19=(lambda root, size: _inaturalist(root, size, 2019), "put train2019.json, val2019.json and the folder train_val2019/ of the competition there"),
 )
 
-# %% ../nbs/15a_travel.ipynb #read-target-read-target
+# %% ../nbs/15a_travel.ipynb #read-target
 def read_target(plan: Tuning, # its `data` and `picture_size`
     root: Path | str | None = None, # folder of a named set
     cache: Path | str | None = None, # folder for decoded pictures of folders and archives
@@ -103,10 +103,10 @@ def read_target(plan: Tuning, # its `data` and `picture_size`
         raise FileNotFoundError(f"{plan.data} is not in {root} ({error}): {how}") from error
     return train, val
 
-# %% ../nbs/15a_travel.ipynb #travel
+# %% ../nbs/15a_travel.ipynb #ways
 WAYS = ("frozen", "linear", "tuned")
 
-# %% ../nbs/15a_travel.ipynb #travel-travel
+# %% ../nbs/15a_travel.ipynb #travel
 def travel(starts: Mapping[str, nn.Module], # encoders by name
     plans: Sequence[Tuning], # of one size; the one whose held-out accuracy is best counts, for each start
     train_set: Pictures | Streamed, # labelled

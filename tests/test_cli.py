@@ -44,7 +44,7 @@ def test_help_does_not_import_torch():
 
 def test_module_is_a_command():
     done = subprocess.run([sys.executable, "-m", "dino_edu.cli", "score", "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "linear probe" in done.stdout
+    assert done.returncode == 0 and "linear classifier" in done.stdout
 
 
 @pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Film, ["film"]), (Segment, ["segment"]), (Poster, ["poster"]), (Demo, ["demo"])])
