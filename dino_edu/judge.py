@@ -20,7 +20,7 @@ from .copies import KINDS, copy_detection, make_copies, plot_firsts, plot_kinds
 from .core import permutation
 from .data import Pictures
 from .probe import block_features, linear_cached, low_shot, plot_sweep, stratified
-from .retrieve import plot_ranking, rank_all, retrieval
+from .retrieve import chance, plot_ranking, rank_all, rank_classes
 from .score import knn_sweep, neighbours, pixels, votes
 from .segment import davis, fresh, interval, plot_segment, scenes_of, segment
 from .video import follow, show_following, video_segmentation, videos
@@ -46,19 +46,27 @@ class Task:
         self.nets = dict(trained=[found.net.to(device)], untrained=[net.to(device) for net in fresh(found.recipe, range(inits))])
         self.train, self.val, self.kept, self.speed = train, val, {}, 0.0
 
+    @property
+    def blocks(self) -> int:
+        "How many of the last blocks are read: four, as the paper does with ViT-S, or as many as there are."
+        net = self.nets["trained"][0]
+        return min(4, len(net.blocks)) if hasattr(net, "layers") else 1
+
     def features(self,
         name: str, # of the networks
-        blocks: int = 1, # class tokens of so many of the last blocks
+        all_blocks: bool = False, # class tokens of all `blocks` side by side; else of the last one
     ) -> list[tuple[Tensor, Tensor]]: # of each network: features of train `[N, D]`, and of val `[M, D]`
         "What the networks of a name make of the pictures."
-        if (name, blocks) not in self.kept:
-            self.kept[name, blocks] = [tuple(self._embed(net, pictures, blocks) for pictures in (self.train, self.val)) for net in self.nets[name]]
-        return self.kept[name, blocks]
+        if name not in self.kept:
+            self.kept[name] = [tuple(self._embed(net, pictures) for pictures in (self.train, self.val)) for net in self.nets[name]]
+        if all_blocks:
+            return self.kept[name]
+        return [tuple(z[:, -(z.shape[1] // self.blocks):] for z in pair) for pair in self.kept[name]]
 
-    def _embed(self, net: nn.Module, pictures: Pictures, blocks: int) -> Tensor:
+    def _embed(self, net: nn.Module, pictures: Pictures) -> Tensor:
         "Embed, and note how fast that went."
         began = time.perf_counter()
-        found = block_features(net, pictures, self.size, blocks, device=self.device).to(self.device)
+        found = block_features(net, pictures, self.size, self.blocks, device=self.device).to(self.device)
         self.speed = len(pictures) / (time.perf_counter() - began)
         return found
 
@@ -162,15 +170,16 @@ def plot_confusion(truth: Tensor, # classes, int64 `[M]`
 # %% ../nbs/17b_judge.ipynb #linear
 def _judge_linear(task: Task) -> Section:
     "A linear classifier on cached features of the last blocks."
-    blocks = min(4, len(task.nets["trained"][0].blocks)) if hasattr(task.nets["trained"][0], "layers") else 1
     aside, labels, truth = stratified(task.train.labels, 0.15, task.seed), task.train.labels, task.val.labels
     sweeps = {name: [linear_cached((z[~aside], labels[~aside]), (z[aside], labels[aside]), (q, truth), seed=task.seed)
-                     for z, q in task.features(name, blocks)] for name in task.nets}
+                     for z, q in task.features(name, all_blocks=True)] for name in task.nets}
     right = {name: torch.stack([100.0 * sweep.right for sweep in each]).mean(0) for name, each in sweeps.items()}
     rows, metrics = compare(right)
     sweep = sweeps["trained"][0]
-    said = [f"Class tokens of the last {blocks} block{'s' * (blocks > 1)}, {int((~aside).sum()):,} labels; the rate {sweep.rates[sweep.best]:.3g} "
+    said = [f"Class tokens of the last {task.blocks} block{'s' * (task.blocks > 1)}, {int((~aside).sum()):,} labels; the rate {sweep.rates[sweep.best]:.3g} "
             f"was chosen on {int(aside.sum()):,} held-out pictures, of {len(sweep.rates)} that were trained together."]
+    if sweep.metrics()["linear_cached_edge"]:
+        said.append("That rate is an end of the sweep: beyond it there may be a better one.")
     return Section(said, rows, metrics | sweep.metrics(), dict(rates=plot_sweep(sweep)))
 
 
@@ -196,19 +205,22 @@ def _shares(task: Task) -> list[float]:
 # %% ../nbs/17b_judge.ipynb #more
 def _judge_retrieval(task: Task) -> Section:
     "Pictures of the same class, by cosine: average precision of every query."
-    found = retrieval(task.nets, task.train, task.val, task.size, task.device)
-    rows, metrics = compare(found["ap"])
-    m = found["metrics"]
-    said = [f"{m['queries']:,} queries, a database of {m['database']:,}; right is what has the same class. A random order would score {m['chance']:.1f} %. "
-            f"Precision of the first 1, 5 and 10: {m['p1_trained']:.1f}, {m['p5_trained']:.1f} and {m['p10_trained']:.1f} %."]
-    order, figures = found["ap"]["trained"].argsort(descending=True), {}
+    scores = {name: 100 * torch.stack([rank_classes(q, task.val.labels, z, task.train.labels) for z, q in task.features(name)]).mean(0) for name in task.nets}
+    rows, metrics = compare({name: values[:, 0] for name, values in scores.items()})
+    counts, asked = task.train.labels.bincount(), task.val.labels.unique(return_counts=True)
+    by_chance = 100 * sum(chance(int(counts[k]), len(task.train)) * n for k, n in zip(*(x.tolist() for x in asked))) / len(task.val)
+    ap, *first = scores["trained"].T
+    precise = {f"p{k}": values.mean().item() for k, values in zip((1, 5, 10), first)}
+    said = [f"{len(task.val):,} queries, a database of {len(task.train):,}; right is what has the same class. A random order would score {by_chance:.1f} %. "
+            f"Precision of the first 1, 5 and 10: {', '.join(f'{value:.1f}' for value in precise.values())} %."]
+    order, figures = ap.argsort(descending=True), {}
     (z, q), = task.features("trained")
     for name, place in dict(best=0, median=len(order) // 2, worst=-1).items():
         query = int(order[place])
         ranking = rank_all(q[query:query + 1], z)[0]
         right = task.train.labels[ranking] == task.val.labels[query]
         figures[name] = plot_ranking(task.val[query], [task.train[i] for i in ranking[:8].tolist()], right, f"{name} query")
-    return Section(said, rows, metrics | m, figures)
+    return Section(said, rows, metrics | precise | dict(chance=by_chance), figures)
 
 
 def _judge_copies(task: Task) -> Section:

@@ -80,7 +80,7 @@ img { max-width: 100%; background: white }
 
 def _as_markdown(facts: Mapping, sections: Mapping[str, Section], warnings: Sequence[str]) -> str:
     "The whole report."
-    parts = [f"# {facts['weights']} on {facts['data']}", *(f"> {warning}" for warning in warnings), markdown_table([facts])]
+    parts = [f"# {facts['weights']} on {facts['data']}", *(f"> {warning}" for warning in warnings), markdown_table(_listed(facts))]
     for name, section in sections.items():
         parts += [f"## {section.title}", *section.said, *([markdown_table(section.rows)] if section.rows else []),
                   *(f"![{name}, {figure}](figures/{name}_{figure}.png)" for figure in section.figures)]
@@ -92,7 +92,7 @@ def _as_markdown(facts: Mapping, sections: Mapping[str, Section], warnings: Sequ
 def _as_html(facts: Mapping, sections: Mapping[str, Section], warnings: Sequence[str]) -> str:
     "The whole report, for a browser."
     title = html.escape(f"{facts['weights']} on {facts['data']}")
-    parts = [f"<h1>{title}</h1>", *(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings), _html_table([facts])]
+    parts = [f"<h1>{title}</h1>", *(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings), _html_table(_listed(facts))]
     for name, section in sections.items():
         parts += [f'<h2 id="{name}">{html.escape(section.title)}</h2>', *(f"<p>{html.escape(said)}</p>" for said in section.said),
                   _html_table(section.rows) if section.rows else "",
@@ -101,6 +101,11 @@ def _as_html(facts: Mapping, sections: Mapping[str, Section], warnings: Sequence
         parts.append(f"<details><summary>{html.escape(heading)}</summary>{_html_table(rows)}</details>")
     parts.append(f"<p>{html.escape(_numbers()['source'])}</p>")
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>{"".join(parts)}</html>\n'
+
+
+def _listed(facts: Mapping) -> list[dict]:
+    "Facts one below the other."
+    return [dict(fact=name, value=value) for name, value in facts.items()]
 
 
 def _from_the_paper(weights: str) -> list[tuple[str, list[dict]]]:

@@ -97,6 +97,13 @@ def only(monkeypatch, **protocols):
         monkeypatch.setitem(PROTOCOLS, name, protocol)
 
 
+def test_retrieval_is_that_of_chapter_14(task):
+    from dino_edu.retrieve import retrieval
+    found, ours = retrieval(task.nets, task.train, task.val, task.size)["metrics"], PROTOCOLS["retrieval"].judge(task).metrics
+    assert {name: ours[name] for name in ("trained", "less_untrained", "p5", "chance")} == pytest.approx(
+        {name: found[other] for name, other in dict(trained="map_trained", less_untrained="less_untrained", p5="p5_trained", chance="chance").items()}, abs=1e-3)
+
+
 def test_a_failure_takes_nothing_with_it(task, tmp_path, monkeypatch):
     def broken(task):
         raise ValueError("the features contain NaN")
