@@ -7,7 +7,7 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 TOOLS := .venv/.tools
 
-.PHONY: help demo figures test install lab export readme full hooks clean
+.PHONY: help demo figures test cover install lab export readme full hooks clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -18,8 +18,11 @@ demo: $(PACKAGE)  ## train a small DINO on generated pictures and show what it h
 figures: $(PACKAGE)  ## draw the README's picture anew, from the snapshots that ship
 	$(BIN)/dino-edu poster --out nbs/images/poster.png --dpi 110
 
-test: $(TOOLS)  ## everything that CI runs: lint, every notebook, the house rules, coverage
+test: $(TOOLS)  ## everything that CI runs: lint, every notebook, the house rules
 	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+cover: $(TOOLS)  ## the same tests, and which lines they reach (slower)
 	$(BIN)/python -m pytest --cov -n 2 --dist worksteal
 
 install:  ## make .venv, or bring it up to date

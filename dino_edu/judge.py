@@ -39,6 +39,8 @@ class Task:
         seed: int = 0, # of splits, draws and copies
         davis: Path | str | None = None, # folder or archive in the layout of DAVIS-2016
     ):
+        if inits < 1:
+            raise ValueError(f"{inits} untrained networks are nothing to compare with: take one or more")
         for pictures in (train, val):
             if pictures is None or pictures.labels is None:
                 raise ValueError(f"{pictures.name if pictures else 'this set'!r} has no labels: there is nothing to score against")

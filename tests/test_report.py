@@ -128,6 +128,8 @@ def test_unlabelled_pictures_are_refused():
     for sets in ((replace(train, labels=None), val), (train, None)):
         with pytest.raises(ValueError, match="has no labels"):
             Task(find_encoder("shapes_vit_nano"), *sets, inits=1)
+    with pytest.raises(ValueError, match="0 untrained networks are nothing"):
+        Task(find_encoder("shapes_vit_nano"), train, val, inits=0)
 
 
 # What the network may have seen
