@@ -21,7 +21,7 @@ from .travel import PUBLISHED as TUNED
 
 # %% ../nbs/17c_report.ipynb #published
 def published() -> dict[str, list[dict]]: # by title
-    "The paper's tables, in percent (tables 2 to 6; chapters 14, 14a and 15 quote theirs)."
+    "The paper's tables, in percent (tables 2 to 6; chapters 14, 14a and 15a quote theirs)."
     paper = _numbers()
     return {
         "Frameworks, same architecture, ImageNet (* run by the authors of DINO)": paper["frameworks"],
@@ -46,24 +46,28 @@ def _published_for(weights: str) -> list[dict]:
 # %% ../nbs/17c_report.ipynb #tables
 def markdown_table(rows: Iterable[Mapping]) -> str:
     "A table in Markdown; its columns are all keys, in the order in which they appear."
-    columns, rows = _columns(rows := list(rows)), rows
+    rows = list(rows)
+    columns = _columns(rows)
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *cells])
 
 
 def _html_table(rows: Iterable[Mapping]) -> str:
     "The same in HTML."
-    columns, rows = _columns(rows := list(rows)), rows
+    rows = list(rows)
+    columns = _columns(rows)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(row.get(column)))}</td>" for column in columns) + "</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _columns(rows: Sequence[Mapping]) -> list[str]:
+    "All keys, in the order in which they appear."
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _cell(value) -> str:
+    "A value as text."
     return "" if value is None else f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 # %% ../nbs/17c_report.ipynb #pages
@@ -133,7 +137,7 @@ def report(task: Task, # networks and pictures
         sections[name] = section
         tell("\n\n".join([f"## {section.title}", *section.said, *([markdown_table(section.rows)] if section.rows else [])]))
         if out:
-            write_report(out, _facts(task, weights), sections, [warning] if warning else [])
+            write_report(out, _facts(task, weights), sections, [warning] if warning else [], drawn=[other for other in sections if other != name])
     return sections
 
 
@@ -149,12 +153,13 @@ def write_report(out: Path, # folder, made if it is not there
     facts: Mapping, # stands at its head; `weights` and `data` are its title
     sections: Mapping[str, Section], # by protocol
     warnings: Sequence[str] = (), # stand above everything
+    drawn: Sequence[str] = (), # protocols whose figures are there already
 ) -> None:
     "Write report.json, report.md, index.html and figures/NAME_FIGURE.png. OSError if the folder cannot be written."
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, section in sections.items():
-        for title, figure in section.figures.items():
+        for title, figure in section.figures.items() if name not in drawn else ():
             write_atomically(out / "figures" / f"{name}_{title}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=110))
     found = {name: dict(seconds=round(section.seconds, 1), said=section.said, **section.metrics) for name, section in sections.items()}
     pages = {"report.json": json.dumps(dict(facts=dict(facts), warnings=list(warnings), protocols=found), indent=1),

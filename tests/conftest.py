@@ -1,9 +1,11 @@
 """What every test has: no network, one thread for each worker, a kernel of this interpreter, a copy of the project to work on."""
 import json
+import multiprocessing
 import os
 import shutil
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,38 @@ def checkout(tmp_path):
     for name in ("settings.ini", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
         shutil.copy(ROOT / name, copy)
     return copy
+
+
+def _one_of_two(work, me, folder):
+    "Join the other process, work, write what came out."
+    import torch
+    import torch.distributed as dist
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=me, world_size=2)
+    torch.save(work(me), folder / f"rank{me}.writing")
+    os.rename(folder / f"rank{me}.writing", folder / f"rank{me}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def in_two_processes(tmp_path_factory):
+    "Call a test module's `work(rank)` in two gloo processes. Their exit status says nothing: gloo may abort while the interpreter ends."
+    def run(work, seconds=120):
+        import torch
+        folder, spawn = tmp_path_factory.mktemp("ranks"), multiprocessing.get_context("spawn")
+        processes = [spawn.Process(target=_one_of_two, args=(work, me, folder), daemon=True) for me in range(2)]
+        for process in processes:
+            process.start()
+        files, deadline = [folder / f"rank{me}.pt" for me in range(2)], time.monotonic() + seconds
+        while not all(file.exists() for file in files) and time.monotonic() < deadline and any(p.is_alive() for p in processes):
+            time.sleep(0.1)
+        for process in processes:
+            process.join(10)
+            process.kill()
+        assert all(file.exists() for file in files), "the two processes did not finish"
+        return [torch.load(file, weights_only=False) for file in files]
+    return run
 
 
 @pytest.fixture(scope="session")

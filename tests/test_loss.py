@@ -1,12 +1,8 @@
 """The losses: against a double loop in many shapes, resumed, accumulated, shared between two processes, and at their limits."""
 import copy
-import multiprocessing
-import os
-import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dino_edu.core import full_precision, log_softmax, rank, world_size
 from dino_edu.loss import Centering, Cosine, CrossEntropy, InfoNCE, Sinkhorn, sinkhorn
@@ -213,34 +209,15 @@ def steps_of(name):
     return dict(losses=torch.stack(losses), seen=seen, state=loss_of.state_dict())
 
 
-def work(me, folder):
-    "One of two processes: run every loss, write what came out."
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=me, world_size=2)
-    result = {name: steps_of(name) for name in LOSSES}
-    result["rows"] = sinkhorn(outputs(0)[1][0, me::2], 0.05)
-    torch.save(result, f"{folder}/rank{me}.writing")
-    os.rename(f"{folder}/rank{me}.writing", f"{folder}/rank{me}.pt")
-    dist.destroy_process_group()
+def work(me):
+    "What one of two processes makes of every loss."
+    return {name: steps_of(name) for name in LOSSES} | dict(rows=sinkhorn(outputs(0)[1][0, me::2], 0.05))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    "What two gloo processes wrote. Their exit status says nothing: gloo may abort while the interpreter ends."
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=work, args=(me, str(folder)), daemon=True) for me in range(2)]
-    for process in processes:
-        process.start()
-    files, deadline = [folder / f"rank{me}.pt" for me in range(2)], time.monotonic() + 120
-    while not all(file.exists() for file in files) and time.monotonic() < deadline and any(p.is_alive() for p in processes):
-        time.sleep(0.1)
-    for process in processes:
-        process.join(10)
-        process.kill()
-    assert all(file.exists() for file in files), "the two processes did not finish"
-    return [torch.load(file) for file in files]
+def two_ranks(in_two_processes):
+    "What both made."
+    return in_two_processes(work)
 
 
 @every_loss

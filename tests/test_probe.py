@@ -1,13 +1,9 @@
 """The paper's protocols against torch's SGD, scikit-learn and loops written out; nothing is chosen on val, and two processes are one."""
 import math
-import multiprocessing
-import os
-import time
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -230,28 +226,13 @@ def sweep_of_tints():
     return linear_sweep(vit(2), tinted(25), tinted(9, seed=1), tinted(31, seed=2), 8, n=2, patches=True, epochs=2, batch=7, rates=[0.01, 0.1])
 
 
-def work(me, folder):
-    "One of two processes: write what it found."
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=me, world_size=2)
-    torch.save(sweep_of_tints(), f"{folder}/rank{me}.writing")
-    os.rename(f"{folder}/rank{me}.writing", f"{folder}/rank{me}.pt")
-    dist.destroy_process_group()
+def work(me):
+    "What one of two processes finds."
+    return sweep_of_tints()
 
 
-def test_two_ranks_are_one(tmp_path):
-    "What two gloo processes wrote. Their exit status says nothing: gloo may abort while the interpreter ends."
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=work, args=(me, str(tmp_path)), daemon=True) for me in range(2)]
-    for process in processes:
-        process.start()
-    files, deadline = [tmp_path / f"rank{me}.pt" for me in range(2)], time.monotonic() + 120
-    while not all(file.exists() for file in files) and time.monotonic() < deadline and any(p.is_alive() for p in processes):
-        time.sleep(0.1)
-    for process in processes:
-        process.join(10)
-    assert [torch.load(file, weights_only=False) for file in files] == [sweep_of_tints()] * 2
+def test_two_ranks_are_one(in_two_processes):
+    assert in_two_processes(work) == [sweep_of_tints()] * 2
 
 
 # Few labels

@@ -1,15 +1,11 @@
 """Chapter 08 against other libraries and double loops, and what it says to bad input."""
 import math
-import multiprocessing
-import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -290,30 +286,15 @@ def ask_shared():
     return found
 
 
-def work(me, folder):
-    "One of two processes: write what it found."
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=me, world_size=2)
-    torch.save(ask_shared(), f"{folder}/rank{me}.writing")
-    os.rename(f"{folder}/rank{me}.writing", f"{folder}/rank{me}.pt")
-    dist.destroy_process_group()
+def work(me):
+    "What one of two processes finds."
+    return ask_shared()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    "What two gloo processes wrote. Their exit status says nothing: gloo may abort while the interpreter ends."
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=work, args=(me, str(folder)), daemon=True) for me in range(2)]
-    for process in processes:
-        process.start()
-    files, deadline = [folder / f"rank{me}.pt" for me in range(2)], time.monotonic() + 120
-    while not all(file.exists() for file in files) and time.monotonic() < deadline and any(p.is_alive() for p in processes):
-        time.sleep(0.1)
-    for process in processes:
-        process.join(10)
-    return [torch.load(file, weights_only=False) for file in files]
+def two_ranks(in_two_processes):
+    "What both found."
+    return in_two_processes(work)
 
 
 @pytest.mark.parametrize("name, data", [("many", blobs(151, 60, classes=7, spread=2.)), ("few", blobs(11, 40, classes=3))])
