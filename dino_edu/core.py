@@ -260,8 +260,8 @@ def multiplies_bf16(device: str) -> bool: # a kind of device: cpu, cuda, ...
 
 
 def _product_time(device: str, dtype: torch.dtype) -> float:
-    "The shortest of five times of one product of 192 x 192 matrices, in seconds."
-    x, times = torch.ones(192, 192, device=device, dtype=dtype), []   # no random numbers: a run may be drawing its own
+    "The shortest of five times of one product of 384 x 384 matrices, in seconds."
+    x, times = torch.ones(384, 384, device=device, dtype=dtype), []   # smaller ones are gone before a format shows; no random numbers: a run may be drawing its own
     for _ in range(5):
         start = perf_counter()
         (x @ x)[0, 0].item()

@@ -273,6 +273,7 @@ class ViT(nn.Module):
 SIZES = dict(   # width, depth, heads
     vit_nano=(64, 3, 4),      # ours: learns the generated set on a CPU in minutes
     vit_micro=(96, 4, 3),     # ours: small real pictures on a CPU
+    vit_tiny4=(192, 4, 3),    # ours: the next one with a third of its blocks, an hour of real pictures on a CPU
     vit_tiny=(192, 12, 3),    # DeiT-Ti
     vit_small=(384, 12, 6),   # DeiT-S, the paper's main model
     vit_base=(768, 12, 12),   # ViT-B
