@@ -206,13 +206,21 @@ class AttentionExplorer(ipywidgets.VBox):
             control.observe(self._paint, "value")
         self.heads.observe(self._choose_head, "chosen")
 
+    @contextmanager
+    def _unanswered(self):
+        "Controls that move within draw nothing: a list with new options stands at its first for a moment."
+        self.settled = False
+        try:
+            yield
+        finally:
+            self.settled = True
+
     def _fit_network(self, _=None):
         "Offer the layers of the chosen network, and read the picture twice as large as the views that it learnt from."
         net, size = self.networks[self.network.value]
-        self.settled = False
-        self.layer.max = self.layer.value = len(net.blocks)
-        self.size.value = 2 * size
-        self.settled = True
+        with self._unanswered():
+            self.layer.max = self.layer.value = len(net.blocks)
+            self.size.value = 2 * size
         self._look()
 
     def _look(self, _=None):
@@ -224,8 +232,8 @@ class AttentionExplorer(ipywidgets.VBox):
             self.image = to_patches(self.pictures[self.picture.value], self.size.value, net.patch_size)
             self.rows, self.columns = (side // net.patch_size for side in self.image.shape[-2:])
             if self.view.chosen >= self.rows * self.columns:
-                self.view.chosen = -1   # comes back here
-                return
+                with self._unanswered():
+                    self.view.chosen = -1
             with _counted(net.blocks[:self.layer.value - 1], self.bar):
                 self.maps = attention_maps(net, self.image, self.layer.value - 1, 1 + self.view.chosen)
         except ValueError as error:
@@ -234,12 +242,15 @@ class AttentionExplorer(ipywidgets.VBox):
         self.maps = torch.cat([self.maps, self.maps.mean(0, keepdim=True)])
         self.view.points = grid_points(self.rows, self.columns)
         if len(self.head.options) != len(self.maps):
-            self.head.options = [(f"head {i + 1}", i) for i in range(len(self.maps) - 1)] + [("mean", -1)]
-            self.head.value = -1
+            with self._unanswered():
+                self.head.options = [(f"head {i + 1}", i) for i in range(len(self.maps) - 1)] + [("mean", -1)]
+                self.head.value = -1
         self._paint()
 
     def _paint(self, _=None):
         "Show what was found."
+        if not self.settled:
+            return
         shown = [_in_view(self.image, heat, self.kind.value, self.mass.value) for heat in self.maps]
         head = self.head.value
         who = "the class token looks" if self.view.chosen < 0 else "the patch in row {}, column {} looks".format(*divmod(self.view.chosen, self.columns))
@@ -276,8 +287,10 @@ class AttentionExplorer(ipywidgets.VBox):
         except ValueError as error:
             self.view.caption = str(error)
             return
-        self.picture.options = list(self.pictures)
-        self.picture.value = name
+        with self._unanswered():
+            self.picture.options = list(self.pictures)
+            self.picture.value = name
+        self._look()
 
 # %% ../nbs/17_explore.ipynb #draw-emergence
 def draw_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> teacher and student, as from `weights.snapshots`

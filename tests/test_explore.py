@@ -173,6 +173,21 @@ def test_explorer_asks_once_under_a_bar(pictures):
     assert len(asked) == 2
 
 
+def test_explorer_draws_once(pictures, tmp_path):
+    "A list with new options stands at its first for a moment, which nobody wants to see."
+    explorer, drawn = AttentionExplorer({"small": (net(), 16), "other": (net(1, heads=4, depth=3), 32)}, pictures), []
+    explorer.view.observe(lambda change: drawn.append(change.new), "picture")
+    explorer.network.value = "other"
+    assert len(drawn) == 1
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
+    explorer.picture.value = list(pictures)[-1]
+    drawn.clear()
+    explorer.file.value = str(tmp_path / "red.png")
+    (shown,) = drawn
+    with Image.open(io.BytesIO(shown)) as found:
+        assert found.width == 2 * found.height
+
+
 def test_emergence(pictures):
     course = {0: dict(student=net(0), teacher=net(0)), 5: dict(student=net(1), teacher=net(2))}
     figure = draw_emergence(course, next(iter(pictures.values())), 32)
