@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from .look import Attention, Film, Poster, Segment
+from .take import Doctor, Embed, Export, Notebooks
 
 # %% ../nbs/18_cli.ipynb #train
 @dataclass(frozen=True)
@@ -277,7 +278,8 @@ def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None:
     args = sys.argv[1:] if args is None else args
     if args[:1] == ["bench"] and (not args[1:] or args[1].startswith("-")) and args[1:2] != ["--help"]:
         args = ["bench", "small", *args[1:]]
-    commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, poster=Poster, demo=Demo)
+    commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, poster=Poster,
+                    embed=Embed, export=Export, notebooks=Notebooks, doctor=Doctor, demo=Demo)
     commands = {name: _options(command, asked=args[:1] == [name]) for name, command in commands.items()}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="dino-edu", args=args, config=config)

@@ -22,7 +22,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 LIBRARIES = {"torch", "torchvision", "timm", "numpy", "PIL", "safetensors"}
-MORE_LIBRARIES = {"cli": {"tyro"}, "look": {"tyro"}, "picker": {"anywidget", "traitlets"}, "map": {"ipywidgets", "matplotlib"}, "explore": {"ipywidgets", "matplotlib"}}
+MORE_LIBRARIES = {"cli": {"tyro"}, "look": {"tyro"}, "take": {"tyro"}, "picker": {"anywidget", "traitlets"}, "map": {"ipywidgets", "matplotlib"}, "explore": {"ipywidgets", "matplotlib"}}
 LINES_OF_CODE = 250
 MEGABYTE = 2**20
 
