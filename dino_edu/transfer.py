@@ -25,18 +25,17 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import to_pil_image
 
 from .checkpoint import keep, load_checkpoint, restore, save_checkpoint
-from .core import distributed, full_precision, gather_rows, keys, permutation, pick_device, rank, seed_everything, warmup_cosine, world_size
+from .core import full_precision, gather_rows, keys, permutation, pick_device, rank, seed_everything, warmup_cosine, world_size
 from .data import Pictures
 from .fit import Interrupted, noted_signals
 from .laboratory import hold_out
 from .run import Run, progress, tell
 from .score import accuracy, features, linear_probe
 from .stream import Streamed, prefetched
-from .train import Step, autocast, steps_per_epoch, total_steps
+from .train import Step, autocast, parallel, steps_per_epoch, total_steps
 
 # %% ../nbs/15_transfer.ipynb #tuning
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def tune(model: Classifier, # learns in place
     "The loop: evaluating and stopping are the body of the caller's `for`. FloatingPointError before a step that is not finite."
     model.train()
     mix, learning = mixing(tuning, model.head.out_features), [p for p in model.parameters() if p.requires_grad]
-    forward = DistributedDataParallel(model, broadcast_buffers=False) if distributed() else model
+    forward = parallel(model)
     for i, (images, labels) in zip(range(start + 1, total + 1), batches):
         seed_everything(int(keys(seed, i, torch.tensor([-4 - rank()]))))   # numbers that no picture has
         lr = warmup_cosine(i / total, tuning.lr, tuning.lr_end, tuning.warmup)

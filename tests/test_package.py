@@ -17,6 +17,8 @@ import dino_edu
 from dino_edu.core import asset
 print(dino_edu.__file__)
 print(asset("README.md"))
+from dino_edu.take import shipped_notebooks
+print(shipped_notebooks()[0])
 """
 
 
@@ -25,7 +27,7 @@ def pip(*arguments):
 
 
 def use(installed, cwd):
-    "Where the package and one of its files are found, run from another folder."
+    "Where the package, one of its files and a notebook are found, run from another folder."
     code = USE.format(packages=sysconfig.get_path("purelib"), installed=str(installed))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COVERAGE"))}
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -48,18 +50,21 @@ def test_wheel(checkout, tmp_path):
 
     installed = tmp_path / "installed"
     pip("install", str(wheel), "--target", str(installed))
-    package, readme = use(installed, tmp_path)
+    package, readme, notebook = use(installed, tmp_path)
     assert package == installed / "dino_edu" / "__init__.py"
     assert readme == installed / "dino_edu" / "assets" / "README.md" and readme.is_file()
+    assert notebook == installed / "dino_edu" / "notebooks" / "00_core.ipynb" and notebook.is_file()
+    assert wheel.stat().st_size < 25e6
     assert (installed / "bin" / "dino-edu").exists()
 
 
 def test_editable(checkout, tmp_path):
     installed = tmp_path / "installed"
     pip("install", "--editable", str(checkout), "--target", str(installed))
-    package, readme = use(installed, tmp_path)
+    package, readme, notebook = use(installed, tmp_path)
     assert package == checkout / "dino_edu" / "__init__.py"
     assert readme == checkout / "data" / "README.md"
+    assert notebook == checkout / "nbs" / "00_core.ipynb"
 
 
 def test_unknown_asset():
