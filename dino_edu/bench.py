@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from .augment import TorchvisionMultiCrop
-from .core import cosine, log_softmax, multiplies_bf16, pick_device, seed_everything, softmax
+from .core import cosine, log_softmax, pick_device, seed_everything, softmax
 from .data import Pictures
 from .recipe import PRESETS as recipe_presets, Recipe, method, override
 from .shapes import make
-from .train import autocast, batches, clip_each, optimizer, set_schedule, total_steps, train
+from .train import autocast, batches, clip_each, halves, optimizer, set_schedule, total_steps, train
 from .vit import ViT, attention_weights
 
 # %% ../nbs/09b_bench.ipynb #small
@@ -207,7 +207,7 @@ def parts(pictures: Pictures, # in memory
         lap = _stopwatch(device, times)
         views = next(stream)
         lap("augment")
-        with autocast(recipe, device):
+        with autocast(recipe.precision, model, device):
             teacher = model.teacher(views.images[:2])
             lap("teacher forward")
             student = model.student(views.images)
@@ -331,7 +331,7 @@ def bench(recipe: Recipe, # what to train
 ) -> dict: # what `table` shows; numbers, texts, lists and dicts only
     "Measure the loop in its best arrangement, its parts, and the plain loop beside it."
     place, began = pick_device(device), time.perf_counter()
-    half = recipe.precision == "bf16" or (recipe.precision == "auto" and multiplies_bf16(place.type))
+    half = halves(recipe.precision, method(recipe), place)
     pictures, best, trials = some_pictures(recipe, max(512, recipe.batch)), {}, []
     recipes = dict(ours=[recipe] + ([override(recipe, compile=True)] if place.type == "cuda" else []), plain=[recipe])
     for side in ("ours", "plain") if plain else ("ours",):

@@ -33,7 +33,7 @@ def footprint(recipe: Recipe, # what to train
         storage = x.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return x
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(recipe, device):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast(recipe.precision, model, device):
         model(views, 1.0)
     for tensor in model.state_dict().values():   # weights are kept for backward too, but they are no activations
         kept.pop(tensor.untyped_storage().data_ptr(), None)

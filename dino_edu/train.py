@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['steps_per_epoch', 'total_steps', 'batches', 'optimizer', 'set_schedule', 'clip_each', 'Step', 'train', 'parallel',
-           'autocast', 'report']
+           'halves', 'autocast', 'report']
 
 # %% ../nbs/09_train.ipynb #imports
 from collections.abc import Iterable, Iterator
@@ -23,6 +23,7 @@ from .core import BatchNorm, cosine, distributed, keys, multiplies_bf16, permuta
 from .data import Pictures
 from .recipe import Recipe, augmentation
 from .stream import prefetched
+from .vit import Timm
 
 # %% ../nbs/09_train.ipynb #length
 def steps_per_epoch(recipe: Recipe, # its batch
@@ -177,12 +178,23 @@ def parallel(method: nn.Module, # what learns, the same in every process
     return together
 
 
-def autocast(recipe: Recipe, # its precision
-    device: torch.device, # where the products are
+def halves(precision: str, # auto, bf16 or fp32
+    net: nn.Module, # what learns
+    device: torch.device, # where it is
+) -> bool: # whether matrix products are in bfloat16
+    "auto: where they are faster; but not in backbones of timm on a CPU, whose convolutions oneDNN gets wrong."
+    if precision != "auto":
+        return precision == "bf16"
+    trusted = device.type != "cpu" or not any(isinstance(module, Timm) for module in net.modules())
+    return trusted and multiplies_bf16(device.type)
+
+
+def autocast(precision: str, # as in `halves`
+    net: nn.Module, # what learns
+    device: torch.device, # where it is
 ): # a context manager
     "Matrix products in bfloat16 within, or nothing."
-    half = multiplies_bf16(device.type) if recipe.precision == "auto" else recipe.precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if halves(precision, net, device) else nullcontext()
 
 
 def _advice(i: int, loss: Tensor) -> str:
@@ -195,17 +207,17 @@ def _backward(method: nn.Module, forward: nn.Module, views: Views, t: float, rec
     "The loss of a batch, detached; its gradient is added to the parameters."
     device, parts = views.images[0].device, recipe.accumulate
     if parts == 1:
-        with autocast(recipe, device):
+        with autocast(recipe.precision, method, device):
             loss = forward(views, t)
         loss.backward()
         return loss.detach()
-    with autocast(recipe, device):
+    with autocast(recipe.precision, method, device):
         targets = method.targets(views, t, parts).chunk(parts, 1)
     total = torch.zeros((), device=device)
     for k, (part, target) in enumerate(zip(views.split(parts), targets)):
         later = forward is not method and k < parts - 1   # processes exchange gradients once, after the last part
         with forward.no_sync() if later else nullcontext():
-            with autocast(recipe, device):
+            with autocast(recipe.precision, method, device):
                 loss = forward(part, t, target) / parts
             loss.backward()
         total += loss.detach()

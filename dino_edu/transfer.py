@@ -240,7 +240,7 @@ def tune(model: Classifier, # learns in place
         for group in opt.param_groups:
             group["lr"] = lr * group["lr_scale"]
         images, targets = mix(images, labels)
-        with autocast(tuning, images.device):
+        with autocast(tuning.precision, model, images.device):
             logits = forward(images)
         loss = F.cross_entropy(logits, targets)
         opt.zero_grad()

@@ -275,10 +275,11 @@ def test_accumulation_with_batchnorm_warns(tmp_path):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_drift_in_float32(name, two_ranks, one_process):
-    "float32 adds in another order, and weights drift apart: most of all a bias before BatchNorm, whose gradient is rounding errors alone."
+    """float32 adds in another order, and weights drift apart. Most of all where something is decided by rounding errors alone: a bias before BatchNorm,
+    whose gradient they are; one ReLU of the ResNet in the first step, whose argument is -5e-7 in float64, and its gradient there or gone."""
     a, b = (result["float32"][name] for result in two_ranks)
     assert difference(a, b) == 0
-    assert 0 < distance(a, one_process["float32"][name]) < (1e-3 if name in BATCHNORM else 1e-4)
+    assert 0 < distance(a, one_process["float32"][name]) < (1e-3 if name in (*BATCHNORM, "resnet") else 1e-4)
 
 
 # BatchNorm across ranks

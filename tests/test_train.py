@@ -10,7 +10,7 @@ import torch
 from dino_edu.data import load
 from dino_edu.recipe import PRESETS, Recipe, changes, imagenette, method, override, shapes
 from dino_edu.run import Run, commit, plot_curves, progress, record, summarize
-from dino_edu.train import batches, optimizer, report, set_schedule, steps_per_epoch, train
+from dino_edu.train import batches, halves, optimizer, report, set_schedule, steps_per_epoch, train
 
 SHORT = override(shapes(), steps=4, evaluations=2, batch=16, log_every=1)
 
@@ -56,6 +56,14 @@ def test_precision_is_the_recipes(pictures, precision, dtype):
     assert set(seen) == {dtype}
     assert step.loss.dtype == torch.float32 and {p.dtype for p in model.parameters()} == {torch.float32}
     assert report(step, recipe, model, 0.0)["i"] == 1
+
+
+def test_timm_stays_in_float32_on_a_cpu(monkeypatch):
+    "Where bfloat16 is faster, our own networks use it; convolutions of oneDNN on tiny maps return gradients of uninitialised memory."
+    monkeypatch.setattr("dino_edu.train.multiplies_bf16", lambda kind: True)
+    ours, theirs = (method(override(SHORT, encoder=name)) for name in ("vit_nano", "resnet10t"))
+    assert [halves("auto", net, torch.device("cpu")) for net in (ours, theirs)] == [True, False]
+    assert halves("auto", theirs, torch.device("cuda")) and halves("bf16", theirs, torch.device("cpu")) and not halves("fp32", ours, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
