@@ -5,7 +5,7 @@ import re
 import tokenize
 from pathlib import Path
 
-LONG = 100  # characters; a constant that takes more is shown by its name only
+LONG = 100  # characters; a value or a signature that takes more is not repeated above the table
 
 
 def comments(text: str) -> dict[int, str]:
@@ -44,7 +44,8 @@ def function(node: ast.AST, kind: str) -> ast.FunctionDef | None:
 
 def signature(found: list) -> str:
     "Names and defaults; types are in the table below it."
-    return ", ".join(name if default is None else f"{name}={ast.unparse(default)}" for name, _, default in found)
+    text = ", ".join(name if default is None else f"{name}={ast.unparse(default)}" for name, _, default in found)
+    return text if len(text) < LONG else ", ".join(name for name, _, _ in found) if len(found) < 8 else "..."
 
 
 def table(found: list, said: dict[int, str], returns: ast.expr | None = None) -> str:

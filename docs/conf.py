@@ -17,7 +17,8 @@ html_theme = "sphinx_book_theme"
 html_title = "dino_edu"
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
-html_theme_options = dict(show_navbar_depth=1, show_toc_level=2, use_download_button=False)
+html_theme_options = dict(show_navbar_depth=1, show_toc_level=2, use_download_button=False, navbar_persistent=[])
+html_context = dict(default_mode="auto")
 html_show_sourcelink = False
 html_copy_source = False
 add_module_names = False
