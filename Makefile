@@ -7,7 +7,7 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 TOOLS := .venv/.tools
 
-.PHONY: help demo figures test cover install lab export readme full hooks clean
+.PHONY: help demo figures test cover install lab docs export readme full hooks clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ install:  ## make .venv, or bring it up to date
 
 lab: $(TOOLS)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs
+
+docs: $(TOOLS)  ## build the site from notebooks, docstrings and docs/: open build/docs/index.html
+	$(BIN)/python docs/build.py build/docs
 
 export: $(TOOLS)  ## write dino_edu/ from nbs/, and clean the notebooks' metadata
 	$(BIN)/nbdev_export

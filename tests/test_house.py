@@ -221,7 +221,7 @@ def test_settings_agree():
     assert tool["nbdev"]["allowed_cell_metadata_keys"] == settings["allowed_cell_metadata_keys"].split()
 
 
-PAGES = [*NOTEBOOKS, *ROOT.glob("*.md"), ROOT / "data" / "README.md", ROOT / "results" / "README.md"]
+PAGES = [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data" / "README.md", ROOT / "results" / "README.md"]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -236,7 +236,7 @@ def test_links(path):
 def test_no_paths_of_one_machine():
     "A folder name that only exists where the file was written; not inside a picture's base64."
     machine = re.compile(r"(?<![\w/+.])/(?:work|root|tmp|home|Users)/")
-    patterns = ["*.md", "*.ini", "*.toml", "Makefile", ".ci/*", ".github/*/*", "nbs/*.ipynb", "dino_edu/*.py", "tests/*.py", "data/*.*", "results/*.*"]
+    patterns = ["*.md", "*.ini", "*.toml", "*.cff", "Makefile", "docs/*.*", ".ci/*", ".github/*/*", "nbs/*.ipynb", "dino_edu/*.py", "tests/*.py", "data/*.*", "results/*.*"]
     binary = {".png", ".safetensors"}
     paths = [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file() and path.suffix not in binary]
     found = {path.name: match[0] for path in paths if (match := machine.search(path.read_text(encoding="utf-8", errors="replace")))}
