@@ -10,10 +10,12 @@ import sys
 import tokenize
 import tomllib
 import warnings
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -219,6 +221,38 @@ def test_settings_agree():
     assert (ROOT / "dino_edu" / "__init__.py").read_text() == f'__version__ = "{settings["version"]}"\n'
     assert tool["nbdev"]["tst_flags"] == settings["tst_flags"]
     assert tool["nbdev"]["allowed_cell_metadata_keys"] == settings["allowed_cell_metadata_keys"].split()
+
+
+def test_nothing_is_unpickled():
+    "What SECURITY.md says. The exception reads what its own processes have just written, by the default of torch 2.6 and later: weights only."
+    for path in ROOT.glob("dino_edu/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords} if isinstance(node, ast.Call) else {}
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name == "torch.load" and path.stem != "launch" or name.endswith("load_state_dict_from_url"):
+                assert given.get("weights_only") == "True", f"{path.name}, line {node.lineno}"
+            assert given.get("allow_pickle", "False") == "False" and given.get("weights_only", "True") == "True"
+            assert not re.fullmatch(r"(pickle|dill|cloudpickle|joblib)\.(load|loads|Unpickler)", name), f"{path.name}, line {node.lineno}"
+
+
+def test_forms():
+    "What GitHub reads is read; who publishes has the one right that it needs, and only there."
+    forms = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in [*ROOT.glob(".github/*/*.yml"), ROOT / "CITATION.cff"]}
+    assert {"cff-version", "message", "title", "authors", "references"} <= forms["CITATION.cff"].keys() and len(forms["CITATION.cff"]["references"]) == 2
+    for name in ("bug.yml", "question.yml"):
+        assert {"name", "description", "body"} <= forms[name].keys() and "dino-edu doctor" in str(forms[name])
+    release = forms["release.yml"]
+    assert release["permissions"] == {"contents": "read"} and release["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+    assert "twine check --strict" in str(release["jobs"]["build"]) and release["jobs"]["publish"]["needs"] == "build"
+
+
+def test_everything_in_data_is_accounted_for():
+    "What ships stands in the table of data/README.md, and so does whose it is."
+    table, licences = (ROOT / "data" / "README.md").read_text(encoding="utf-8").split("## Licences")
+    shipped = {path.name for path in (ROOT / "data").iterdir() if path.is_file()} - {"README.md"}
+    assert not [name for name in shipped if name not in table]
+    owned = re.findall(r"`([\w.*]+)`", licences)
+    assert not [name for name in shipped if not any(fnmatch(name, pattern) for pattern in owned)]
 
 
 PAGES = [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data" / "README.md", ROOT / "results" / "README.md"]
