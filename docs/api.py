@@ -48,17 +48,19 @@ def signature(found: list) -> str:
     return text if len(text) < LONG else ", ".join(name for name, _, _ in found) if len(found) < 8 else "..."
 
 
+def code(node: ast.expr | None) -> str:
+    "An expression as it was written, fit for a table."
+    return f"`{ast.unparse(node)}`".replace("|", r"\|") if node else ""
+
+
 def table(found: list, said: dict[int, str], returns: ast.expr | None = None) -> str:
-    "A line an argument, and one for what comes back."
-    def line(name, annotation, default, number):
-        code = [f"`{text}`".replace("|", r"\|") if text else "" for text in (name, *(ast.unparse(x) if x else "" for x in (annotation, default)))]
-        return f"| {' | '.join(code)} | {prose(said.get(number, ''))} |"
-    ends = [arg.end_lineno for _, arg, _ in found]
-    lines = [line(name, arg.annotation, default, arg.end_lineno) for name, arg, default in found]
+    "A line an argument, and one for what comes back; types last, because they are long."
+    ends = {arg.end_lineno for _, arg, _ in found}
+    lines = [f"| `{name}` | {code(default)} | {prose(said.get(arg.end_lineno, ''))} | {code(arg.annotation)} |" for name, arg, default in found]
     if returns and ast.unparse(returns) != "None":
         comment = "" if returns.end_lineno in ends else prose(said.get(returns.end_lineno, ""))
-        lines.append(f"| returns | `{ast.unparse(returns)}` | | {comment} |".replace(" | None`", r" \| None`"))
-    return "\n".join(["| | type | default | |", "|---|---|---|---|", *lines]) if lines else ""
+        lines.append(f"| returns | | {comment} | {code(returns)} |")
+    return "\n".join(["| | default | | type |", "|---|---|---|---|", *lines]) if lines else ""
 
 
 def entry(kind: str, name: str, parts: list[str], fence: str = "````", option: str = "") -> str:

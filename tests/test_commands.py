@@ -10,7 +10,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from dino_edu.cli import main
-from dino_edu.recipe import criterion
+from dino_edu.recipe import encoder, method
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,4 +119,4 @@ def test_recipes(path):
     for text in blocks(path, "python"):
         names = {}
         exec(text, names)
-        assert criterion(names["recipe"]) is not None
+        assert method(names["recipe"]).encoders()["teacher"].embed_dim == encoder(names["recipe"]).embed_dim
