@@ -26,6 +26,7 @@ import dino_edu
 from .checkpoint import WATCHING, load_checkpoint, write_atomically
 from .core import permutation, pick_device, seed_everything
 from .data import Pictures, load
+from .dense import dense_scores
 from .estimate import estimate
 from .fit import Interrupted, fit, noted_signals
 from .recipe import Recipe, method, override, remembered
@@ -33,6 +34,7 @@ from .rows import Row, tables
 from .run import Run, commit, record, tell
 from .score import features, knn, linear_probe, pixel_knn
 from .train import steps_per_epoch
+from .vit import ViT
 
 # %% ../nbs/09e_laboratory.ipynb #hold-out
 def hold_out(pictures: Pictures, # labelled
@@ -56,7 +58,7 @@ def judge(encoders: Mapping[str, nn.Module], # by name: teacher, student, ema
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the encoders are
 ) -> dict[str, float]: # percent
-    "k-NN in both conventions (k = 20, T = .07; k = 200, T = .1) and a linear probe, of every encoder."
+    "k-NN in both conventions (k = 20, T = .07; k = 200, T = .1) and a linear probe, of every encoder; where there are masks, `dense_scores` of the teacher."
     metrics = {}
     for name, encoder in encoders.items():
         found, asked = (features(encoder, pictures, size, device).to(device) for pictures in (train, val))
@@ -65,6 +67,8 @@ def judge(encoders: Mapping[str, nn.Module], # by name: teacher, student, ema
         metrics[f"linear_{name}"] = linear_probe(found, train.labels, asked, val.labels)[0]
     for metric in ("knn", "knn200", "linear"):   # a momentum teacher is an average already
         metrics.setdefault(f"{metric}_ema", metrics[f"{metric}_teacher"])
+    if train.masks is not None and isinstance(encoders["teacher"], ViT):
+        metrics |= dense_scores(encoders["teacher"], train, val, size, device)
     return metrics
 
 # %% ../nbs/09e_laboratory.ipynb #run-row

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'KNOBS', 'Row', 'component', 'component_extra', 'teacher', 'without_bn', 'refresh', 'corners',
-           'constant_temperature', 'suspects', 'sweeps', 'trials', 'tables', 'select', 'named']
+           'constant_temperature', 'suspects', 'sweeps', 'siamese', 'trials', 'tables', 'select', 'named']
 
 # %% ../nbs/09d_rows.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from itertools import product
 
 from .methods import METHODS, TWO_VIEWS
 from .recipe import Recipe, override
+from .vit import SIZES
 
 # %% ../nbs/09d_rows.ipynb #row
 @dataclass(frozen=True)
@@ -131,6 +132,30 @@ def sweeps(base: Recipe) -> dict[str, dict[str, Row]]:
         backbone=dict(vit=Row({}, 72.8, 76.1), resnet=Row(dict(encoder="resnet18"), 65.6, 74.5, "ResNet-18 for ResNet-50; the base's optimiser")),
     )
 
+# %% ../nbs/09d_rows.ipynb #def-siamese
+def siamese(base: Recipe) -> dict[str, Row]:
+    "Siamese Image Modeling, one switch each, beside a masked autoencoder and two methods that compare whole pictures (chapter 13)."
+    width, depth, heads = SIZES[base.encoder if base.encoder in SIZES else "vit_small"]
+    blocks = dict(stem="patch", decoder_width=width, decoder_heads=heads, projector_depth=max(1, depth // 6), decoder_depth=max(1, depth // 3))
+    masked = blocks | dict(n_local=0, weight_decay=0.05, weight_decay_end=0.05)
+    published = masked | dict(loss="features", clip=1.0, penalty=15.36 / width)   # lambda D as published
+    ours = published | dict(mask=0.4, token_norm="layer", fixed_patches=False)   # what short runs of small networks want
+    pixels = dict(loss="pixels", mask=0.75, mask_blocks=False, token_norm="layer", fixed_patches=False, clip=None)
+    alone = dict(jitter_p=0.0, grey_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=0.0)
+    switches = dict(
+        same_view=dict(other_view=False), mask_0=dict(mask=0.0), mask_60=dict(mask=0.6), mask_75=dict(mask=0.75), no_colours=alone,
+        no_crops=dict(global_scale=(1.0, 1.0), flip_p=0.0), pooled=dict(pooled=True), no_place=dict(relative="none"), no_scale=dict(relative="shift"),
+        penalty_0=dict(penalty=0.0), penalty_less=dict(penalty=1.536 / width), penalty_more=dict(penalty=153.6 / width),
+        batch_norm=dict(token_norm="batch"), fixed_patches=dict(fixed_patches=True), slow_teacher=dict(momentum=0.995, momentum_end=1.0),
+    )
+    return dict(
+        dino=Row(dict(stem="patch")),
+        mocov2=Row(METHODS["mocov2"] | dict(stem="patch")),
+        mae=Row(masked | pixels | alone, unlike="both global views, each masked by itself; an average of the encoder stands for the teacher"),
+        siamese_im=Row(ours, unlike="40 % hidden (60 %), LayerNorm (BatchNorm), a patch embedding that learns (fixed), and as the next row"),
+        as_published=Row(published, unlike="a norm after the encoder, tensors clipped one by one, AdamW's beta 2 at .999"),
+    ) | {name: Row(ours | row) for name, row in switches.items()}
+
 # %% ../nbs/09d_rows.ipynb #trials
 RATES = (0.25, 0.5, 1.0, 2.0)  # times the base's learning rate
 KNOBS = dict(  # each method's own knob, three values
@@ -155,7 +180,7 @@ def tables(base: Recipe) -> dict[str, dict[str, Row]]:
     "Every table by name."
     return dict(
         component=component(), component_extra=component_extra(base), teacher=teacher(), teacher_no_bn=without_bn(teacher()), refresh=refresh(),
-        collapse=corners(base), collapse_no_bn=without_bn(corners(base)), suspects=suspects(base), **sweeps(base),
+        collapse=corners(base), collapse_no_bn=without_bn(corners(base)), suspects=suspects(base), siamese=siamese(base), **sweeps(base),
     )
 
 

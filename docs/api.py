@@ -115,17 +115,19 @@ def definitions(tree: ast.Module) -> dict[str, ast.AST]:
     return found
 
 
+def described(name: str, node: ast.AST, said: dict[int, str]) -> str:
+    "The entry of a public name, whatever it is."
+    if isinstance(node, ast.ClassDef):
+        return class_entry(node, said)
+    return callable_entry("function", node, said) if isinstance(node, ast.FunctionDef) else constant_entry(name, node, said)
+
+
 def page(path: Path, chapter: str) -> str:
     "The page of a module: its public names, in the order of the chapter."
     text = path.read_text(encoding="utf-8")
     tree, said = ast.parse(text), comments(text)
     made = definitions(tree)
-    entries = []
-    for name in sorted(public(tree), key=lambda name: made[name].lineno):
-        node = made[name]
-        kind = class_entry if isinstance(node, ast.ClassDef) else None
-        entries.append(kind(node, said) if kind else callable_entry("function", node, said) if isinstance(node, ast.FunctionDef)
-                       else constant_entry(name, node, said))
+    entries = [described(name, made[name], said) for name in sorted(public(tree), key=lambda name: made[name].lineno)]
     head = [f"# dino_edu.{path.stem}", prose(ast.get_docstring(tree)), f"From the chapter [{chapter}](../nbs/{chapter}.ipynb).",
             f"```{{py:module}} dino_edu.{path.stem}\n```"]
     return "\n\n".join([*head, *entries]) + "\n"
