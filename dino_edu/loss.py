@@ -63,6 +63,9 @@ class Loss(nn.Module):
         "Both halves, one after the other."
         return self.compare(student, self.aim(teacher, t))
 
+    def after_step(self) -> None:
+        "Move what is remembered from step to step: nothing, unless a loss says otherwise."
+
 # %% ../nbs/06_loss.ipynb #class-pairs
 class _Pairs(torch.autograd.Function):
     "Cross-entropy over all pairs of a target and a different view, in slices of the batch, with its gradient in closed form."

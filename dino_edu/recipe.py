@@ -71,16 +71,16 @@ class Recipe:
     other_view: bool = True  # predict the other view; False: the whole of the same
     relative: Literal["full", "shift", "none"] = "full"  # what is known of the other view's place: all, all but its scale, nothing
     pooled: bool = False  # predict the mean of its patches; False: every patch
-    penalty: float = 0.02  # lambda: how strongly predictions keep apart
+    penalty: float = 0.02  # lambda of SiameseIM and of Barlow Twins: how strongly things keep apart
     # loss
-    loss: Literal["cross_entropy", "cosine", "infonce", "labels", "features", "pixels"] = "cross_entropy"  # DINO and SwAV, BYOL, MoCo, supervised (out_dim classes), SiameseIM, MAE
+    loss: Literal["cross_entropy", "cosine", "infonce", "labels", "features", "pixels", "contrast", "decorrelation"] = "cross_entropy"  # DINO and SwAV, BYOL, MoCo, supervised (out_dim classes); SiameseIM, MAE, SimCLR, Barlow Twins (chapters 13 and 13a)
     targets: Literal["centering", "sinkhorn", "softmax_batch", "none"] = "centering"  # what is done to the teacher's outputs
     student_temperature: float = 0.1  # tau_s
     teacher_temperature: float = 0.04  # tau_t after its warm-up (epsilon with sinkhorn)
     warmup_teacher_temperature: float = 0.04  # tau_t at the start
     teacher_temperature_warmup: float = 0.0  # length of that warm-up as a fraction of the run
     center_momentum: float = 0.9  # share of the center that stays at each step
-    infonce_temperature: float = 0.1  # tau of MoCo
+    infonce_temperature: float = 0.1  # tau of MoCo and SimCLR
     queue: int = 65536  # outputs that MoCo remembers
     # teacher
     teacher: Literal["momentum", "student_copy", "previous_iteration", "previous_epoch"] = "momentum"  # which past student teaches
@@ -170,7 +170,10 @@ def _choose(field: str, value: str, choices: dict[str, Callable]):
     return choices[value]()
 
 # %% ../nbs/08a_recipe.ipynb #method
-LATER = dict(features="dino_edu.siamese_im:siamese_im", pixels="dino_edu.siamese_im:masked_autoencoder")  # of a later chapter, found when asked for
+LATER = dict(  # methods of later chapters by their loss, found when they are asked for
+    features="dino_edu.siamese_im:siamese_im", pixels="dino_edu.siamese_im:masked_autoencoder",
+    contrast="dino_edu.unigrad:simclr", decorrelation="dino_edu.unigrad:barlow_twins",
+)
 
 
 def method(recipe: Recipe, # what to build

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'KNOBS', 'Row', 'component', 'component_extra', 'teacher', 'without_bn', 'refresh', 'corners',
-           'constant_temperature', 'suspects', 'sweeps', 'siamese', 'trials', 'tables', 'select', 'named']
+           'constant_temperature', 'suspects', 'sweeps', 'siamese', 'unigrad', 'trials', 'tables', 'select', 'named']
 
 # %% ../nbs/09d_rows.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -156,6 +156,18 @@ def siamese(base: Recipe) -> dict[str, Row]:
         as_published=Row(published, unlike="a norm after the encoder, tensors clipped one by one, AdamW's beta 2 at .999"),
     ) | {name: Row(ours | row) for name, row in switches.items()}
 
+# %% ../nbs/09d_rows.ipynb #def-unigrad
+def unigrad() -> dict[str, Row]:
+    "Contrast, a predictor, decorrelation: with and without a momentum teacher, two views each (chapter 13a)."
+    alone, bare = dict(teacher="student_copy"), METHODS["byol"] | dict(predictor=False)
+    return dict(
+        mocov2=Row(METHODS["mocov2"]),
+        simclr=Row(bare | alone | dict(loss="contrast"), unlike="one side has no gradient; DINO's crops, AdamW"),
+        byol=Row(METHODS["byol"]),
+        simsiam=Row(METHODS["byol"] | alone, unlike="DINO's crops, AdamW; a predictor without a bottleneck"),
+        barlow_twins=Row(bare | alone | dict(loss="decorrelation", penalty=0.1), unlike="one side has no gradient; a narrow head, hence a larger lambda"),
+    )
+
 # %% ../nbs/09d_rows.ipynb #trials
 RATES = (0.25, 0.5, 1.0, 2.0)  # times the base's learning rate
 KNOBS = dict(  # each method's own knob, three values
@@ -180,7 +192,7 @@ def tables(base: Recipe) -> dict[str, dict[str, Row]]:
     "Every table by name."
     return dict(
         component=component(), component_extra=component_extra(base), teacher=teacher(), teacher_no_bn=without_bn(teacher()), refresh=refresh(),
-        collapse=corners(base), collapse_no_bn=without_bn(corners(base)), suspects=suspects(base), siamese=siamese(base), **sweeps(base),
+        collapse=corners(base), collapse_no_bn=without_bn(corners(base)), suspects=suspects(base), siamese=siamese(base), unigrad=unigrad(), **sweeps(base),
     )
 
 

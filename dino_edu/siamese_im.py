@@ -271,7 +271,7 @@ class SiameseIM(nn.Module):
         "The embedding of each of the second view's patches by its place in the first: `[B, N, width]`."
         pair, grid = [0, int(self.other_view)], views.images[0].shape[-1] // self.student.encoder.patch_size
         places = relative(Views([], views.boxes[pair], views.flips[pair]), grid, self.relative)
-        return self.place(positions(places, self.place.out_features))
+        return self.place(positions(places, self.place.out_features).to(self.place.weight.dtype))
 
     def after_step(self, t: float) -> None:
         "Move the teacher."

@@ -32,6 +32,7 @@ from dino_edu.data import load
 from dino_edu.fit import Interrupted, fit, noted_signals
 from dino_edu.methods import METHODS
 from dino_edu.recipe import PRESETS, Recipe, method, override, shapes
+from dino_edu.rows import siamese
 from dino_edu.run import Run
 from dino_edu.weights import save_snapshot, snapshots
 
@@ -111,6 +112,7 @@ def assert_same_end(one, other):
 CASES = METHODS | dict(
     student_copy=dict(teacher="student_copy"), previous_iteration=dict(teacher="previous_iteration"),
     previous_epoch=dict(teacher="previous_epoch", targets="softmax_batch"), accumulate=dict(accumulate=2, head_bn=False),
+    **{name: siamese(SHORT)[name].changes for name in ("siamese_im", "as_published", "mae")},
 )
 
 

@@ -48,8 +48,9 @@ RUNS = METHODS | dict(
     previous_epoch=dict(teacher="previous_epoch", teacher_every=2),
     softmax_batch=dict(targets="softmax_batch"),
     resnet=dict(encoder="resnet10t", optimizer="sgd", lr=1.0, n_local=0),
-)
-BATCHNORM = ("byol", "mocov2", "head_bn")
+    siamese_im=dict(loss="features", n_local=0, mask=0.0, decoder_width=32, decoder_heads=2, decoder_depth=1, projector_depth=1, penalty=0.5),
+)   # nothing is masked: each rank would draw masks of its own
+BATCHNORM = ("byol", "mocov2", "head_bn", "siamese_im")
 NO_BATCHNORM = dict(   # what is learnt from, and whether by DINO's head or by an MLP
     centering=lambda: CrossEntropy(Centering(16)),
     sinkhorn=lambda: CrossEntropy(Sinkhorn()),
