@@ -140,7 +140,7 @@ def siamese(base: Recipe) -> dict[str, Row]:
     masked = blocks | dict(n_local=0, weight_decay=0.05, weight_decay_end=0.05)
     published = masked | dict(loss="features", clip=1.0, penalty=15.36 / width)   # lambda D as published
     ours = published | dict(mask=0.4, token_norm="layer", fixed_patches=False)   # what short runs of small networks want
-    pixels = dict(loss="pixels", mask=0.75, mask_blocks=False, token_norm="layer", fixed_patches=False, clip=None)
+    pixels = TWO_VIEWS | dict(loss="pixels", mask=0.75, mask_blocks=False, token_norm="layer", fixed_patches=False, clip=None)
     alone = dict(jitter_p=0.0, grey_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=0.0)
     switches = dict(
         same_view=dict(other_view=False), mask_0=dict(mask=0.0), mask_60=dict(mask=0.6), mask_75=dict(mask=0.75), no_colours=alone,
@@ -150,10 +150,10 @@ def siamese(base: Recipe) -> dict[str, Row]:
     )
     return dict(
         dino=Row(dict(stem="patch")),
-        mocov2=Row(METHODS["mocov2"] | dict(stem="patch")),
+        mocov2=Row(METHODS["mocov2"] | dict(stem="patch", lr=base.lr / 4), unlike="a quarter of the base's rate, at which a long run of it collapsed"),
         mae=Row(masked | pixels | alone, unlike="both global views, each masked by itself; an average of the encoder stands for the teacher"),
         siamese_im=Row(ours, unlike="40 % hidden (60 %), LayerNorm (BatchNorm), a patch embedding that learns (fixed), and as the next row"),
-        as_published=Row(published, unlike="a norm after the encoder, tensors clipped one by one, AdamW's beta 2 at .999"),
+        as_published=Row(published, unlike="the base's range of crops (.08 to 1), a norm after the encoder, tensors clipped one by one, AdamW's beta 2 at .999"),
     ) | {name: Row(ours | row) for name, row in switches.items()}
 
 # %% ../nbs/09d_rows.ipynb #def-unigrad

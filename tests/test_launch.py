@@ -29,6 +29,7 @@ from dino_edu.launch import together, torchrun
 from dino_edu.loss import Centering, Cosine, CrossEntropy, InfoNCE, Sinkhorn
 from dino_edu.methods import METHODS, Siamese, mlp
 from dino_edu.recipe import augmentation, encoder, method, override, shapes
+from dino_edu.rows import unigrad
 from dino_edu.score import features
 from dino_edu.train import batches, optimizer, train
 
@@ -49,8 +50,9 @@ RUNS = METHODS | dict(
     softmax_batch=dict(targets="softmax_batch"),
     resnet=dict(encoder="resnet10t", optimizer="sgd", lr=1.0, n_local=0),
     siamese_im=dict(loss="features", n_local=0, mask=0.0, decoder_width=32, decoder_heads=2, decoder_depth=1, projector_depth=1, penalty=0.5),
+    **{name: unigrad()[name].changes for name in ("simclr", "barlow_twins")},
 )   # nothing is masked: each rank would draw masks of its own
-BATCHNORM = ("byol", "mocov2", "head_bn", "siamese_im")
+BATCHNORM = ("byol", "mocov2", "head_bn", "siamese_im", "simclr", "barlow_twins")
 NO_BATCHNORM = dict(   # what is learnt from, and whether by DINO's head or by an MLP
     centering=lambda: CrossEntropy(Centering(16)),
     sinkhorn=lambda: CrossEntropy(Sinkhorn()),
