@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OURS', 'PAPER', 'of_table', 'Difference', 'difference', 'per_seed', 'paired', 'sentence', 'agreement', 'reference_of',
-           'accuracy_markdown', 'cost_markdown', 'notes', 'table_markdown', 'plot_rows', 'lead', 'plot_lead', 'choose',
-           'run_tuned', 'write']
+           'accuracy_markdown', 'cost_markdown', 'dense_markdown', 'notes', 'table_markdown', 'plot_rows', 'lead',
+           'plot_lead', 'choose', 'run_tuned', 'write']
 
 # %% ../nbs/10_ablate.ipynb #imports
 import math
@@ -186,6 +186,17 @@ def cost_markdown(lines: Sequence[dict], # of a table
     header = ["row", "seeds", "lost", "collapse", "index", "spread of directions", "rank", "held-out, last", "held-out, best", "images/s", "MiB", "seconds"]
     return _grid(header, [row(name) for name in rows])
 
+# %% ../nbs/10_ablate.ipynb #dense-markdown
+def dense_markdown(lines: Sequence[dict], # of a table
+    rows: Mapping[str, Row], # its rows
+) -> str:
+    "What the class token, the mean of the patches, and single patches know, as Markdown; empty where no patch was asked."
+    measured = [name for name in rows if any("patch_linear" in line["metrics"] for line in lines if line["row"] == name)]
+    columns = dict(knn_teacher="k-NN, class token", knn_mean="k-NN, mean of patches", linear_teacher="linear, class token", linear_mean="linear, mean of patches",
+                   patch_linear="patches, linear", patch_knn="patches, k-NN", outline_linear="object or not", localised="same place")
+    body = [[name, *(_mean_sd(lines, name, metric) for metric in columns)] for name in measured]
+    return _grid(["row", *columns.values()], body) if body else ""
+
 # %% ../nbs/10_ablate.ipynb #notes
 def notes(lines: Sequence[dict], # of a table
     rows: Mapping[str, Row], # with the paper's numbers
@@ -220,10 +231,10 @@ def table_markdown(lines: Sequence[dict], # of a table
     rows: Mapping[str, Row], # with the paper's numbers
     reference: str | None = None, # row to compare with; None: `reference_of` finds it
 ) -> str:
-    "Accuracy, then cost and collapse, then the small print, as Markdown."
+    "Accuracy, what patches know, cost and collapse, then the small print, as Markdown."
     reference = reference or reference_of(rows)
     small = "\n".join(f"- {sentence}" for sentence in notes(lines, rows, reference))
-    return "\n\n".join([accuracy_markdown(lines, rows, reference), cost_markdown(lines, rows), small])
+    return "\n\n".join(filter(None, [accuracy_markdown(lines, rows, reference), dense_markdown(lines, rows), cost_markdown(lines, rows), small]))
 
 # %% ../nbs/10_ablate.ipynb #plot-rows
 OURS, PAPER = "#0072B2", "#D55E00"  # told apart by the colour-blind too

@@ -147,7 +147,7 @@ class Bench:
 @dataclass(frozen=True)
 class Ablate:
     "Run a table of the paper with several seeds: what is missing of it, then write table and figure."
-    table: tyro.conf.Positional[str]  # component, component_extra, teacher, refresh, collapse, temperature, ..., or tuned
+    table: tyro.conf.Positional[str]  # component, component_extra, teacher, refresh, collapse, temperature, siamese, unigrad, ..., or tuned
     base: str = "shapes_lab"  # preset that all rows start from: shapes_lab, imagenette_lab, imagenette, ...
     seeds: int = 3  # runs of every row
     first_seed: int = 100  # the first of them; recipes were tuned on smaller ones
