@@ -320,12 +320,12 @@ def _archive(name: str, # key of `ARCHIVES`
                 return path
     file, md5 = fit[0]
     if not download:
-        raise FileNotFoundError(f"{name} is not in {root}: pass download=True to fetch {FASTAI + file}, or put that file there")
+        raise FileNotFoundError(f"{name} is not in {root}: pass download=True (in the shell --download) to fetch {FASTAI + file}, or put that file there")
     from torchvision.datasets.utils import download_url
     try:
         download_url(FASTAI + file, str(root), f"{file}.part", md5)
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(f"{FASTAI + file} could not be fetched to {root}, or is not what its checksum says ({error})") from error
+        raise ConnectionError(f"{FASTAI + file} could not be fetched to {root}, or is not what its checksum says ({error})") from error
     return (root / f"{file}.part").rename(root / file)
 
 # %% ../nbs/01_data.ipynb #def-adapt-images-tensor-uint8-n-3-h-w
@@ -356,7 +356,7 @@ def _from_torchvision(name: str, # key of `TORCHVISION`
         try:
             data = getattr(torchvision.datasets, kind)(str(root), download=download, **options)
         except RuntimeError as error:
-            raise FileNotFoundError(f"{name} is not in {root}: pass download=True to fetch it with torchvision ({error})") from error
+            raise FileNotFoundError(f"{name} is not in {root}: pass download=True (in the shell --download) to fetch it with torchvision ({error})") from error
         images = torch.from_numpy(data.data)
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
         labels = None if "unlabeled" in name else torch.as_tensor(getattr(data, "targets", None) or data.labels).long()

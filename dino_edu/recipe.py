@@ -29,7 +29,7 @@ class Recipe:
     # pictures
     data: str = "imagenet"  # a name that `data.load` knows, or a path
     picture_size: int | None = 256  # shorter side of the stored pictures in pixels; None keeps them as they are
-    in_chans: int = 3  # 1 turns the colour operations off
+    in_chans: int = 3  # 1: grey, without any jitter of colours
     # views (section 3.1 and appendix)
     global_size: int = 224  # side of the two global views in pixels
     local_size: int = 96  # side of the local views

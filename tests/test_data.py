@@ -633,7 +633,7 @@ def test_load_imagenette_and_ilsvrc(tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("File not found or corrupted.")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", broken)
-    with pytest.raises(RuntimeError, match="imagewoof2-160.tgz could not be fetched.*checksum"):
+    with pytest.raises(ConnectionError, match="imagewoof2-160.tgz could not be fetched.*checksum"):
         load("imagewoof", root=tmp_path, download=True)
 
 
