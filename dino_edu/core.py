@@ -202,7 +202,9 @@ class BatchNorm(nn.BatchNorm1d):
         rows = rows - mean
         var = sum_over_ranks(rows.square().sum(axes)) / n
         self._remember(mean.detach(), var.detach() * n / (n - 1))
-        rows = rows * (var + self.eps).rsqrt() * self.weight + self.bias
+        rows = rows * (var + self.eps).rsqrt()
+        if self.affine:
+            rows = rows * self.weight + self.bias
         return rows.transpose(1, -1).to(x.dtype)
 
     @torch.no_grad()

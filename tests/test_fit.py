@@ -446,12 +446,14 @@ def test_asked_to_stop_in_a_shell(server, undisturbed, tmp_path):
     for signum in (signal.SIGINT, signal.SIGTERM):
         words = [sys.executable, "-m", "dino_edu.cli", *WORDS, "--workers", "1", "--out", str(tmp_path / signum.name)]
         started[signum] = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    waiting = dict(started)
+    while waiting:   # neither may come to its end while the other is waited for
+        time.sleep(0.02)
+        for signum, process in list(waiting.items()):
+            if (tmp_path / signum.name / "last.pt").exists() or process.poll() is not None:
+                os.killpg(waiting.pop(signum).pid, signum)
     for signum, process in started.items():
-        out = tmp_path / signum.name
-        while process.poll() is None and not (out / "last.pt").exists():
-            time.sleep(0.02)
-        os.killpg(process.pid, signum)
-        complaint = process.communicate(timeout=120)[1]
+        out, complaint = tmp_path / signum.name, process.communicate(timeout=120)[1]
         step = load_checkpoint(out / "last.pt")["step"]
         assert process.returncode == 128 + signum, complaint
         assert complaint == f"dino-edu: stopped after step {step} of {STEPS}; {out / 'last.pt'} holds it: the same command goes on from there\n"
