@@ -279,3 +279,11 @@ def test_no_paths_of_one_machine():
 
 def test_no_folder_shadows_the_data_module():
     assert not (ROOT / "dino_edu" / "data").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_weights_name_no_path(path):
+    "What a recipe in a file of weights calls its pictures is a name, wherever they lay when it was trained."
+    head = path.read_bytes()
+    about = json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])["__metadata__"]
+    assert not re.search(r"[/\\]", json.loads(about["recipe"])["data"])
