@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from .look import Attention, Film, Poster, Segment
-from .take import Doctor, Embed, Export, Notebooks
+from .take import Doctor, Embed, Export, Notebooks, Transfer
 
 # %% ../nbs/18_cli.ipynb #train
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None:
     if args[:1] == ["bench"] and (not args[1:] or args[1].startswith("-")) and args[1:2] != ["--help"]:
         args = ["bench", "small", *args[1:]]
     commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, poster=Poster,
-                    embed=Embed, export=Export, notebooks=Notebooks, doctor=Doctor, demo=Demo)
+                    embed=Embed, transfer=Transfer, export=Export, notebooks=Notebooks, doctor=Doctor, demo=Demo)
     commands = {name: _options(command, asked=args[:1] == [name]) for name, command in commands.items()}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
     command = tyro.extras.subcommand_cli_from_dict(commands, prog="dino-edu", args=args, config=config)
@@ -293,8 +293,8 @@ def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None:
 
 
 def _options(command: type, asked: bool) -> Callable:
-    "What tyro reads: the command's own fields; for one that runs a recipe, a subcommand for each preset, once it is asked for."
-    if command not in (Training, Bench):
+    "What tyro reads: the command's own fields; for one that runs a recipe or a plan, a subcommand for each preset, once it is asked for."
+    if command not in (Training, Bench, Transfer):
         return command
     def preset() -> Any:
         return None
@@ -305,23 +305,31 @@ def _options(command: type, asked: bool) -> Callable:
 
 
 def _presets(command: type) -> Callable:
-    "One subcommand a preset; every field of the recipe becomes an option."
-    from dino_edu import bench, recipe
-    from dino_edu.recipe import Recipe
+    "One subcommand a preset; every field of the recipe, or of the plan, becomes an option."
+    choices, about = _known(command)
+    kind = type(next(iter(choices.values())))
 
     @dataclass(frozen=True)
     class WithRecipe(command):
-        recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+        recipe: Annotated[kind, tyro.conf.arg(name="")]
 
-    known = recipe.PRESETS if command is Training else bench.PRESETS
-    where = {name: dict(out=Path("runs") / name) if command is Training else {} for name in known}
-    runs = {name: WithRecipe(recipe=preset(), preset=name, **where[name]) for name, preset in known.items()}
-    about = {name: preset.__doc__ for name, preset in known.items()}
+    where = {name: dict(out=Path("runs") / name) if command is Training else {} for name in choices}
+    runs = {name: WithRecipe(recipe=recipe, preset=name, **where[name]) for name, recipe in choices.items()}
     Preset = tyro.extras.subcommand_type_from_defaults(runs, about, prefix_names=False)
 
     def preset(run: Preset) -> Any:  # type: ignore[valid-type]
         return run
     return preset
+
+
+def _known(command: type) -> tuple[dict[str, Any], dict[str, str]]:
+    "The presets of a command by name, and a line about each."
+    if command is Transfer:
+        from dino_edu import transfer
+        return {name: transfer.tuning(name) for name in transfer.PRESETS}, {name: f"learn {name} from its labels" for name in transfer.PRESETS}
+    from dino_edu import bench, recipe
+    known = recipe.PRESETS if command is Training else bench.PRESETS
+    return {name: preset() for name, preset in known.items()}, {name: preset.__doc__ for name, preset in known.items()}
 
 # %% ../nbs/18_cli.ipynb #module
 if __name__ == "__main__" and "__file__" in globals():   # not in the notebook

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pkgutil import resolve_name
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -122,11 +122,11 @@ def override(recipe: Recipe, # where to start
     return replace(recipe, **changes)
 
 # %% ../nbs/08a_recipe.ipynb #changes
-def changes(base: Recipe, # where it started
-    recipe: Recipe, # what came out
+def changes(base: Any, # where it started: a recipe, or another dataclass of choices
+    recipe: Any, # what came out, of the same class
 ) -> dict: # field name -> new value
     "The fields in which a recipe differs from its base: what `override` would need."
-    return {field.name: getattr(recipe, field.name) for field in fields(Recipe) if getattr(recipe, field.name) != getattr(base, field.name)}
+    return {field.name: getattr(recipe, field.name) for field in fields(base) if getattr(recipe, field.name) != getattr(base, field.name)}
 
 # %% ../nbs/08a_recipe.ipynb #remembered
 def remembered(fields: Mapping) -> Recipe: # field name -> value, as JSON has kept them

@@ -186,11 +186,14 @@ class ViT(nn.Module):
         stem: str = "patch", # `patch` or `conv`
         drop_path: float = 0.0, # probability of skipping the last block; falls linearly to 0 at the first
         init_std: float | None = 0.02, # of linear layers; None: 1 / sqrt(fan in), which small and short runs need
+        global_pool: str = "token", # what a picture's features are: `token`, the class token, or `avg`, the mean of the patches
     ):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"patches of {patch_size} do not fill a picture of {img_size} pixels")
-        self.patch_size, self.embed_dim, self.grid = patch_size, width, img_size // patch_size
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f"global_pool is token or avg, not {global_pool!r}")
+        self.patch_size, self.embed_dim, self.grid, self.global_pool = patch_size, width, img_size // patch_size, global_pool
         self.patch_embed = PatchEmbed(patch_size, in_chans, width, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
@@ -248,7 +251,9 @@ class ViT(nn.Module):
         return kept
 
     def forward(self, x: Tensor) -> Tensor:
-        "The class token of the last layer, `[B, C, H, W]` -> `[B, D]`; the last block works for this token alone."
+        "The class token of the last layer, `[B, C, H, W]` -> `[B, D]`; the last block works for this token alone. Or the mean of the patches."
+        if self.global_pool == "avg":
+            return self.tokens(x)[:, 1:].mean(1)
         x = self.embed(x)
         for block in self.blocks[:-1]:
             x = block(x)

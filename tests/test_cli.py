@@ -16,6 +16,7 @@ from dino_edu.data import load
 from dino_edu.look import Attention, Film, Poster, Segment
 from dino_edu.recipe import method, override, shapes
 from dino_edu.run import recipe_of
+from dino_edu.take import Transfer
 from dino_edu.weights import encoder, find_encoder, snapshots
 
 TRAIN = ["train", "shapes", "--data", "shapes:100", "--steps", "2", "--evaluations", "1", "--batch", "16"]
@@ -47,7 +48,7 @@ def test_module_is_a_command():
     assert done.returncode == 0 and "linear classifier" in done.stdout
 
 
-@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Film, ["film"]), (Segment, ["segment"]), (Poster, ["poster"]), (Demo, ["demo"])])
+@pytest.mark.parametrize("command, words", [(Training, ["train", "shapes"]), (Bench, ["bench", "small"]), (Ablate, ["ablate"]), (Score, ["score"]), (Attention, ["attention"]), (Film, ["film"]), (Segment, ["segment"]), (Poster, ["poster"]), (Transfer, ["transfer", "shapes"]), (Demo, ["demo"])])
 def test_every_option_has_a_help_text(command, words, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--help"])
@@ -175,6 +176,25 @@ def test_segment(run, tmp_path, capsys):
     assert row["table"] == "segment" and row["row"] == "short" and {"curves", "size", "commit"} <= row.keys() and row["metrics"]["objects"] == 12
     assert "no preset 'nothing'" in refused("segment", str(run), "--base", "nothing")
     assert "nowhere" in refused("segment", str(run), "--data", str(tmp_path / "nowhere"))
+
+
+def test_transfer(run, tmp_path, capsys):
+    "Two starts and new weights, two rates, a share of the labels; the same command again runs nothing."
+    words = ["transfer", "shapes", "--data", "shapes:100", "--size", "24", "--steps", "2", "--batch", "4", "--evaluations", "1", "--weights", f"mine={run}",
+             "shapes_vit_nano", "--rates", "1e-4", "1e-3", "--labels", "0.5", "--seeds", "2", "--first-seed", "3", "--global-pool", "avg",
+             "--out", str(tmp_path / "out"), "--record", str(tmp_path / "rows.jsonl")]
+    main(words)
+    table = (tmp_path / "out/travel.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert [line.split(" | ")[:3] for line in table.splitlines()[2:]] == [[f"| {name}", "shapes train", "50"] for name in ("mine", "shapes_vit_nano", "scratch")]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["seed"]) for row in rows] == [(name, seed) for seed in (3, 4) for name in ("mine", "shapes_vit_nano", "scratch")]
+    assert rows[0]["overrides"] == dict(data="shapes:100", size=24, global_pool="avg", batch=4, steps=2, evaluations=1, labels=0.5, rates=[1e-4, 1e-3])
+    assert rows[0]["recipe"]["global_pool"] == "avg" and rows[0]["metrics"]["labels"] == 50 and rows[0]["table"] == "transfer"
+    assert {path.name for path in (tmp_path / "out/0.5/3/mine").iterdir()} == {"0", "1"} and (tmp_path / "out/travel.png").stat().st_size > 5000
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("best.pt")}
+    main(words)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("best.pt")}
 
 
 def test_poster(run, tmp_path, capsys):

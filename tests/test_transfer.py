@@ -18,7 +18,7 @@ from dino_edu.data import Pictures
 from dino_edu.laboratory import hold_out
 from dino_edu.launch import together
 from dino_edu.score import features, linear_probe
-from dino_edu.transfer import PRESETS, Classifier, Seen, Tuning, finetune, labelled_views, layerwise, mixing, read_classifier, tune, tuning, view
+from dino_edu.transfer import PRESETS, Classifier, Seen, Tuning, finetune, labelled_views, layerwise, mixing, read_classifier, reading, tune, tuning, view
 from dino_edu.vit import vit
 
 COLOURS = torch.tensor([[220, 40, 40], [40, 220, 40], [40, 40, 220]], dtype=torch.uint8)
@@ -236,6 +236,13 @@ def test_an_encoder_without_blocks():
     plan = small(layer_decay=1.0)
     model = Classifier(Flat(), 3, plan)
     assert layerwise(model, plan).param_groups[0]["lr_scale"] == 1
+
+
+def test_the_head_may_read_the_mean_of_the_patches(net):
+    model, x = Classifier(net, 3, small(global_pool="avg")), torch.rand(2, 3, 16, 16)
+    assert torch.allclose(model.encoder(x), net.tokens(x)[:, 1:].mean(1), atol=1e-6) and torch.allclose(net(x), net.tokens(x)[:, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="features of one kind: set global_pool='token'"):
+        reading(nn.Flatten(), "avg")
 
 
 # The loop

@@ -8,7 +8,7 @@ from torch import nn
 
 from dino_edu.data import Pictures
 from dino_edu.transfer import tuning
-from dino_edu.travel import ELSEWHERE, PUBLISHED, WAYS, gain, plot_travel, presets_markdown, read_target, travel
+from dino_edu.travel import ELSEWHERE, PUBLISHED, WAYS, gain, plot_travel, presets_markdown, read_target, travel, travel_markdown
 
 
 def save(path, grey):
@@ -157,6 +157,28 @@ def test_the_papers_table():
 def test_held_out_pictures_choose_the_plan(tmp_path, monkeypatch):
     "Whatever val says."
     scores = {1e-4: dict(held_top1=60.0, val_top1=90.0), 1e-3: dict(held_top1=70.0, val_top1=50.0), 1e-2: dict(held_top1=65.0, val_top1=95.0)}
-    monkeypatch.setattr("dino_edu.travel.finetune", lambda net, plan, *rest: dict(metrics=scores[plan.lr]))
+    monkeypatch.setattr("dino_edu.travel.finetune", lambda net, plan, *rest: dict(metrics=scores[plan.lr], seconds=1.0, device="cpu"))
     plans = [tuning("shapes", size=16, lr=lr) for lr in scores]
-    assert travel(dict(sees=MeanColour()), plans, colours(45, 0), colours(30, 1), tmp_path)[0]["tuned"] == 50
+    row, = travel(dict(sees=MeanColour()), plans, colours(45, 0), colours(30, 1), tmp_path)
+    assert row["tuned"] == 50 and row["seconds"] == 3 and row["labels"] == 45
+
+
+def test_a_share_of_the_labels(tmp_path, monkeypatch):
+    "As many of each class, drawn by the seed, the same for every start."
+    seen = []
+    monkeypatch.setattr("dino_edu.travel.finetune",
+                        lambda net, plan, train, *rest: seen.append(train.offsets.tolist()) or dict(metrics=dict(held_top1=1.0, val_top1=1.0), seconds=1.0, device="cpu"))
+    plan, starts = tuning("shapes", size=16), dict(one=MeanColour(), two=MeanColour())
+    for seed in (0, 1):
+        rows = travel(starts, [plan], colours(60, 0), colours(30, 1), tmp_path, seed, labels=0.2)
+        assert [row["labels"] for row in rows] == [12, 12]
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    with pytest.raises(ValueError, match="a share lies between 0 and 1"):
+        travel(starts, [plan], colours(60, 0), colours(30, 1), tmp_path, labels=0.0)
+
+
+def test_the_table_in_words(rows):
+    text = travel_markdown(rows + [dict(rows[0], data="elsewhere", tuned=10.0)])
+    head, _, blind, sees, elsewhere = text.splitlines()
+    assert head.count("|") == blind.count("|") == 8 and sees == "| sees | colours | 45 | 100.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 | 3 |"
+    assert elsewhere.endswith("| 10.0 | 1 |")

@@ -156,6 +156,7 @@ def test_drop_path_only_in_training():
     (dict(heads=5), "5 heads"),
     (dict(stem="linear"), "linear"),
     (dict(patch_size=12, img_size=36, stem="conv"), "power of two"),
+    (dict(global_pool="max"), "global_pool is token or avg, not 'max'"),
 ])
 def test_bad_architecture(options, message):
     with pytest.raises(ValueError, match=message):
