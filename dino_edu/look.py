@@ -75,10 +75,12 @@ class Segment:
     size: int | None = None  # shorter side in pixels; by default that of the views it learnt from
     seed: int | None = None  # of its run; by default what the run's folder says. It decides which shapes are new to the network
     inits: int = 5  # untrained networks beside it
+    patches: bool = False  # read single patches too: object or background, learnt from other pictures or videos (chapter 08i)
     device: str = "auto"  # auto, cpu, cuda, ...
     out: Path = Path("segment.png")  # the figure
     record: Path | None = None  # add the result to this rows.jsonl
-    row: str = "dino"  # name of the row there
+    table: str = "segment"  # name of the table there
+    row: str = "dino"  # name of the row
     base: str = "shapes"  # preset that the run started from
 
     def __call__(self) -> None:
@@ -92,13 +94,29 @@ class Segment:
         net, recipe, loaded = find_encoder(self.weights)
         found = measure(net, recipe, self.data, self._seed(), self.size, self.inits, self.device)
         print(segment_markdown([found | dict(row=self.row)]))
+        if self.patches:
+            found["metrics"] |= self._patches(net, recipe, found["size"])
         figure = plot_segment(found["curves"], f"{self.row}, {found['data']}, {found['size']} px")
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
         figure.savefig(self.out, dpi=150)
         if self.record:
-            record(self.record, found, "segment", self.row, self.base, changes(preset, recipe), code, curves=found["curves"], size=found["size"])
+            record(self.record, found, self.table, self.row, self.base, changes(preset, recipe), code, curves=found["curves"], size=found["size"])
         print(f"the sweep over the mass is {self.out}")
         print(loaded)
+
+    def _patches(self, net, recipe, size: int) -> dict:
+        "Print what the patches know, and return it as metrics."
+        from dino_edu.core import pick_device
+        from dino_edu.dense import compare_outlines
+        from dino_edu.segment import fresh, read_scenes
+        place = pick_device(self.device)
+        nets = dict(trained=[net], untrained=fresh(recipe, range(self.inits)))
+        scenes, _ = read_scenes(self.data, size, net.patch_size, self._seed())
+        read = compare_outlines({name: [each.to(place) for each in several] for name, several in nets.items()}, scenes, place)
+        for how, by in dict(linear="a linear classifier", knn="nearest patches").items():
+            trained, untrained, less = (read[f"{how}_{name}"] for name in ("trained", "untrained", "less_untrained"))
+            print(f"object or background, patch by patch, by {by}: IoU {trained} %, untrained {untrained} %, difference {less}")
+        return {f"outline_{name}": found.mean for name, found in read.items()} | {f"outline_{name}_interval": [found.low, found.high] for name, found in read.items()}
 
     def _seed(self) -> int:
         "The one given, that of the run, or 0."

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from dino_edu.augment import MultiCrop, Views, resample
 from dino_edu.core import seed_everything
 from dino_edu.data import Pictures, load
-from dino_edu.dense import localise, mean_iou, patch_labels, patch_tokens, read_patches, relative_places
+from dino_edu.dense import compare_outlines, localise, mean_iou, outlines, patch_labels, patch_tokens, read_patches, relative_places, scene_patches
 from dino_edu.recipe import method, override, shapes
 from dino_edu.rows import siamese
+from dino_edu.segment import Scene
 from dino_edu.siamese_im import (
     MaskedAutoencoder, SiameseIM, Tokens, UniGrad, blocks, hide, mask_blocks, mask_patches, masked_autoencoder, patch_pixels, positions, relative,
     siamese_im, visible,
@@ -257,3 +258,75 @@ def test_views_are_those_of_the_seed():
     net, pictures = vit("vit_nano", img_size=32, patch_size=4).eval(), load("shapes", n=32)[0]
     augment = MultiCrop(global_size=32, n_local=0)
     assert localise(net, pictures, augment, seed=1) == localise(net, pictures, augment, seed=1) != localise(net, pictures, augment, seed=2)
+
+
+class Colours(torch.nn.Module):
+    "A patch's vector is its mean colour, the class token nothing."
+    patch_size = 4
+
+    def tokens(self, x):
+        colours = F.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
+        return torch.cat([torch.zeros_like(colours[:, :1]), colours], 1)
+
+
+def films(inside_out=lambda film: False):
+    "Six films of three frames: a red square of four patches that moves on grey; or the square grey, and all around it red."
+    chance, found = torch.Generator().manual_seed(0), []
+    for film in range(6):
+        for frame in range(3):
+            top, left = (4 * torch.randint(0, 5, (2,), generator=chance)).tolist()
+            image, mask = torch.randint(90, 110, (3, 32, 32), generator=chance, dtype=torch.uint8), torch.zeros(1, 32, 32)
+            mask[:, top:top + 8, left + 4 * frame:left + 4 * frame + 8] = 1
+            image[0, (mask[0] > 0) != inside_out(film)] = 250
+            found.append(Scene(image, mask, str(film), f"{film}/{frame}"))
+    return found
+
+
+def test_outlines_of_what_colour_tells():
+    found = outlines(Colours(), films())
+    assert found["linear"].min() > 90 and found["knn"].min() > 90
+
+
+def test_outlines_are_learnt_from_other_films():
+    "Every second film is inside out, and dealt into the other fold: what was learnt elsewhere is wrong."
+    unlike = outlines(Colours(), films(lambda film: film % 2 == 1), folds=2)
+    assert unlike["linear"].max() < 15 and unlike["knn"].max() < 15
+
+
+def test_outlines_by_hand():
+    "Every overlap, at every share of votes, from counts; the share is chosen by the other films."
+    scenes = films()
+    encoder = Colours()
+    vectors, truth = zip(*scene_patches(encoder, scenes))
+    table = []
+    for i in range(len(scenes)):
+        others = [j for j in range(len(scenes)) if scenes[j].group != scenes[i].group]
+        z, labels = F.normalize(torch.cat([vectors[j] for j in others]), dim=1), torch.cat([truth[j] for j in others])
+        near = (F.normalize(vectors[i], dim=1) @ z.T).topk(20)
+        weight = (near.values / 0.07).exp()
+        share = (weight * labels[near.indices]).sum(1) / weight.sum(1)
+        line = []
+        for percent in range(5, 100, 5):
+            called = [float(s) >= percent / 100 for s in share]
+            both = sum(c and bool(t) for c, t in zip(called, truth[i]))
+            line.append(both / sum(c or bool(t) for c, t in zip(called, truth[i])))
+        table.append(line)
+    wanted = []
+    for i in range(len(scenes)):
+        other = [table[j] for j in range(len(scenes)) if scenes[j].group != scenes[i].group]
+        best = max(range(19), key=lambda c: (round(sum(line[c] for line in other), 9), -c))
+        wanted.append(100 * table[i][best])
+    assert torch.allclose(outlines(encoder, scenes, folds=6)["knn"], torch.tensor(wanted), atol=1e-3)
+
+
+def test_comparing_outlines_pairs_films():
+    blind = Colours()
+    blind.tokens = lambda x: Colours.tokens(blind, x) * 0 + torch.randn(x.shape[0], 65, 3, generator=torch.Generator().manual_seed(0))
+    scenes = films()
+    scenes.append(Scene(scenes[0].image, torch.zeros(1, 32, 32), "0", "nothing to be found"))
+    found = compare_outlines(dict(sees=[Colours()], blind=[blind, blind]), scenes)
+    assert set(found) == {f"{how}_{name}" for how in ("linear", "knn") for name in ("sees", "blind", "less_blind")}
+    assert found["linear_less_blind"].low > 50 and found["linear_less_blind"].n == 6
+    assert found["knn_less_blind"].mean == pytest.approx(found["knn_sees"].mean - found["knn_blind"].mean, abs=1e-3)
+    with pytest.raises(ValueError, match="only one group of frames"):
+        outlines(Colours(), scenes[:3])
