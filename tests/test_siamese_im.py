@@ -9,7 +9,7 @@ from dino_edu.augment import MultiCrop, Views, resample
 from dino_edu.core import seed_everything
 from dino_edu.data import Pictures, load
 from dino_edu.dense import compare_outlines, localise, mean_iou, outlines, patch_labels, patch_tokens, read_patches, relative_places, scene_patches
-from dino_edu.recipe import method, override, shapes
+from dino_edu.recipe import imagenet_siamese_im, method, override, shapes
 from dino_edu.rows import siamese
 from dino_edu.segment import Scene
 from dino_edu.siamese_im import (
@@ -215,6 +215,18 @@ def test_parts_of_a_batch():
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# The paper's size
+
+def test_the_papers_run():
+    "Its shapes: 118 of 196 patches hidden, 275 tokens in the decoder, 768 numbers each; and its rate, momentum and penalty."
+    recipe = imagenet_siamese_im()
+    model = method(recipe)
+    assert model.student.encoder.embed_dim == model.student.widen.out_features == 768 and len(model.student.encoder.blocks) == 12
+    assert len(model.decoder) == 4 and not model.student.encoder.patch_embed.proj.weight.requires_grad
+    assert round(recipe.mask * 14**2) == 118 and recipe.lr * recipe.batch / 256 == pytest.approx(1e-3) and recipe.warmup * recipe.epochs == 40
+    assert (recipe.momentum, recipe.penalty, recipe.clip, recipe.weight_decay, recipe.token_norm, recipe.n_local) == (0.995, 0.02, 1.0, 0.05, "batch", 0)
 
 
 # What patches know
