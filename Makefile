@@ -7,7 +7,7 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 TOOLS := .venv/.tools
 
-.PHONY: help demo figures test cover install lab docs export readme full hooks clean
+.PHONY: help demo figures test stranger cover install lab docs export readme full hooks clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,9 @@ figures: $(PACKAGE)  ## draw the README's picture anew, from the snapshots that 
 test: $(TOOLS)  ## everything that CI runs: lint, every notebook, the house rules
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+stranger:  ## build the distributions, install the wheel into an empty environment and use it (minutes; fetches what pip fetches)
+	tests/stranger.sh $(PYTHON)
 
 cover: $(TOOLS)  ## the same tests, and which lines they reach (slower)
 	$(BIN)/python -m pytest --cov -n 2 --dist worksteal
