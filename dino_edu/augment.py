@@ -263,7 +263,7 @@ class MultiCrop:
 class TorchvisionMultiCrop(MultiCrop):
     "The views of one picture, made one by one with torchvision and Pillow as the authors did: the reference."
 
-    def __call__(self, picture: Image.Image) -> list[Tensor]:
+    def __call__(self, picture: Image.Image) -> list[Tensor]:  # type: ignore[override] # the same choices, but of one picture
         "Normalised views `[C, s, s]` of one RGB or grey picture, the global ones first; chance is torch's own generator."
         return [transform(picture) for transform in self._transforms]
 

@@ -218,7 +218,7 @@ class BatchNorm(nn.BatchNorm1d):
 def across_ranks(net: nn.Module) -> nn.Module:
     "The same network with every plain BatchNorm replaced by `BatchNorm`, in place."
     for name, child in net.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(child) is nn.BatchNorm1d or type(child) is nn.BatchNorm2d:
             exchanged = BatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
             exchanged.load_state_dict(child.state_dict())
             setattr(net, name, exchanged)

@@ -17,10 +17,11 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def _in_order(pool: ThreadPoolExecutor, # who does the work
     ahead: int = 64, # how many items may wait
 ) -> Iterator:
     "Results in the order of the items, like `pool.map`, with a bounded number of items in memory."
-    waiting = deque()
+    waiting: deque[Future] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
         if len(waiting) >= ahead:
@@ -167,7 +168,8 @@ def _decode_all(path: Path, # folder or archive
     with opened(path) as (files, read), ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         plan, classes = assign(path, stem, files, **choices)
         sinks = {split: sink(split) for split in sorted({split for split, *_ in plan.values()})}
-        rows, broken = {split: [] for split in sinks}, []
+        rows: dict[str, list[tuple]] = {split: [] for split in sinks}
+        broken: list[str] = []
         results = _in_order(pool, one, contents(files, read, plan))
         for name, image in _progress(results, len(plan), f"reading {path.name}"):
             split, label, below = plan[name]
@@ -232,7 +234,7 @@ def _to_cache(home: Path, # final folder
 ) -> None:
     "Decode into a folder beside `home`, then give it its name; nothing is left behind on an error."
     part = home.with_name(f".{home.name}-{uuid.uuid4().hex[:8]}")
-    sinks = {}
+    sinks: dict[str, BinaryIO] = {}
     try:
         part.mkdir(parents=True)
         indices = decode_to(lambda split: sinks.setdefault(split, open(part / f"{split}.u8", "wb")))
@@ -265,10 +267,10 @@ def read_folder(path: str | Path, # folder, tar (of any compression) or zip, wit
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no such folder or archive: {path}")
-    choices = dict(size=size, channels=channels, classes=classes and read_classes(classes), split=split, labelled=labelled,
-                   share=share, max_broken=max_broken)
+    choices: dict[str, Any] = dict(size=size, channels=channels, classes=read_classes(classes) if classes else None, split=split,
+                                   labelled=labelled, share=share, max_broken=max_broken)
     if cache is None:
-        buffers = {}
+        buffers: dict[str, io.BytesIO] = {}
         indices = _decode_all(path, lambda split: buffers.setdefault(split, io.BytesIO()), workers=workers, **choices)
         found = {split: _pictures(np.frombuffer(buffers[split].getbuffer(), np.uint8), indices[split]) for split in indices}
     else:
@@ -291,7 +293,7 @@ ARCHIVES = {  # name -> shorter side in the archive: (file, MD5)
                   320: ("imagewoof2-320.tgz", "0f46d997ec2264e97609196c95897a44"),
                   9999: ("imagewoof2.tgz", "9aafe18bcdb1632c4249a76c458465ba")},
 }
-TORCHVISION = {  # name -> (class of torchvision.datasets, how to get train, how to get val)
+TORCHVISION: dict[str, tuple] = {  # name -> (class of torchvision.datasets, how to get train, how to get val)
     "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
     "cifar100": ("CIFAR100", dict(train=True), dict(train=False)),
     "stl10": ("STL10", dict(split="train"), dict(split="test")),
@@ -349,7 +351,7 @@ def _from_torchvision(name: str, # key of `TORCHVISION`
     "CIFAR-10, CIFAR-100 or STL-10; FileNotFoundError says how to get it."
     import torchvision
     kind, *splits = TORCHVISION[name]
-    found = []
+    found: list[Pictures] = []
     for split, options in zip(("train", "val"), splits, strict=True):
         if options is None:
             return found[0], None
@@ -361,7 +363,7 @@ def _from_torchvision(name: str, # key of `TORCHVISION`
         images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images
         labels = None if "unlabeled" in name else torch.as_tensor(getattr(data, "targets", None) or data.labels).long()
         found.append(Pictures.stack(_adapt(images, size, channels), labels, () if labels is None else data.classes, name=f"{name} {split}"))
-    return tuple(found)
+    return found[0], found[1]
 
 # %% ../nbs/01_data.ipynb #def-generated-n-int-pictures-to-train-on
 def _generated(n: int, # pictures to train on; a fifth as many to score on

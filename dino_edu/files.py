@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def _fit(image: Image.Image, # any size
     return image.resize(target, Image.Resampling.BICUBIC, box)
 
 # %% ../nbs/00b_files.ipynb #def-decode-file-str-path-io-bufferedioba
-def decode(file: str | Path | io.BufferedIOBase, # path, or an open binary file
+def decode(file: str | Path | IO[bytes], # path, or an open binary file
     size: int | None = None, # shorter side in pixels (the longer is cropped to twice that); None keeps the picture's own
     channels: int = 3, # 3, or 1 for grey
 ) -> Tensor: # uint8 `[C, h, w]`
@@ -59,10 +60,10 @@ def decode(file: str | Path | io.BufferedIOBase, # path, or an open binary file
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, not {channels}")
     try:
-        with Image.open(file) as image:
+        with Image.open(file) as stored:
             if size:
-                image.draft(None, (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
-            image = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB" if channels == 3 else "L")
+                stored.draft(None, (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
+            image = _eight_bits(ImageOps.exif_transpose(stored)).convert("RGB" if channels == 3 else "L")
         image = _fit(image, size) if size else image
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{getattr(file, 'name', file)}: not a readable picture ({error})") from error
@@ -77,8 +78,8 @@ def holdout(labels: Tensor, # int64 `[N]`
     "Stratified split by the SHA-1 of names: the same everywhere, and steady when pictures are added."
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), not {share}")
-    names = range(len(labels)) if names is None else names
-    keys = [hashlib.sha1(f"{seed} {name}".encode(errors="backslashreplace")).digest() for name in names]
+    deciding = range(len(labels)) if names is None else names
+    keys = [hashlib.sha1(f"{seed} {name}".encode(errors="backslashreplace")).digest() for name in deciding]
     held = torch.zeros(len(labels), dtype=torch.bool)
     for k in labels.unique().tolist():
         members = sorted((labels == k).nonzero().flatten().tolist(), key=keys.__getitem__)
@@ -110,19 +111,27 @@ def _members(archive: tarfile.TarFile | zipfile.ZipFile, # open for reading
     path: Path, # for messages
 ) -> Iterator[tuple[str, tarfile.TarInfo | zipfile.ZipInfo]]: # name without `./`, and handle, of every file
     "Files of an archive; ValueError for a name that points outside, a link or a device."
-    tar = isinstance(archive, tarfile.TarFile)
-    for info in archive.getmembers() if tar else archive.infolist():
-        name = (info.name if tar else info.filename).replace("\\", "/")
+    for name, info, folder, file in _in_tar(archive) if isinstance(archive, tarfile.TarFile) else _in_zip(archive):
+        name = name.replace("\\", "/")
         parts = [p for p in name.split("/") if p not in ("", ".")]
         if name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name):
             raise ValueError(f"{path}: member {name!r} points outside the archive; refused")
-        folder = info.isdir() if tar else info.is_dir()
-        if not folder and not (info.isfile() if tar else stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)):
+        if not folder and not file:
             raise ValueError(f"{path}: member {name!r} is a link or a device, not a file; refused")
         if not folder:
             yield "/".join(parts), info
 
 # %% ../nbs/00b_files.ipynb #contextmanager
+def _in_tar(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo, bool, bool]]:
+    "Name and handle of every member; whether it is a folder, and whether it is a file."
+    return ((info.name, info, info.isdir(), info.isfile()) for info in archive.getmembers())
+
+
+def _in_zip(archive: zipfile.ZipFile) -> Iterator[tuple[str, zipfile.ZipInfo, bool, bool]]:
+    "The same of a zip, where a file need not say so."
+    return ((info.filename, info, info.is_dir(), stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)) for info in archive.infolist())
+
+
 @contextmanager
 def opened(path: Path # folder, tar (of any compression) or zip
 ) -> Iterator[tuple[dict, Callable]]: # `{name: handle}`, and a function from a handle to what `decode` reads
@@ -219,7 +228,7 @@ def assign(path: Path, # for messages
 def contents(files: dict, # name -> handle
     read: Callable, # from a handle to what `decode` reads
     names: Iterable[str], # which to read
-) -> Iterator[tuple[str, object]]: # name, and a path, bytes in memory, or the error
+) -> Iterator[tuple[str, Path | IO[bytes] | Exception]]: # name, and a path, bytes in memory, or the error
     "What `decode` needs of every file, in the archive's own order."
     for name in files:
         if name not in names:

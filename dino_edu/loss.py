@@ -6,6 +6,8 @@
 __all__ = ['Centering', 'Loss', 'CrossEntropy', 'sinkhorn', 'Sinkhorn', 'Cosine', 'InfoNCE']
 
 # %% ../nbs/06_loss.ipynb #import-torch
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from .core import entropy, full_precision, gather_rows, mean_over_ranks, ramp, s
 # %% ../nbs/06_loss.ipynb #class-centering-nn-module
 class Centering(nn.Module):
     "Targets softmax((logits - center) / tau): centering and sharpening; the center is a moving average (equation 4)."
+    center: Tensor
 
     def __init__(self,
         dim: int, # K, the number of prototypes
@@ -43,13 +46,16 @@ class Centering(nn.Module):
     def after_step(self) -> None:
         "Move the center towards the mean over all rows since the last step, on all ranks."
         if self.pending:
-            total = sum(rows for rows, _ in self.pending) / sum(n for _, n in self.pending)
-            self.center.lerp_(mean_over_ranks(total).to(self.center.dtype), 1 - self.momentum)
+            sums, counts = zip(*self.pending)
+            self.center.lerp_(mean_over_ranks(sum(sums) / sum(counts)).to(self.center.dtype), 1 - self.momentum)
             self.pending = []
 
 # %% ../nbs/06_loss.ipynb #class-loss
 class Loss(nn.Module):
     "A loss in two halves, `aim(teacher, t)` -> target and `compare(student, target)` -> scalar, and what happens after a step."
+    aim: Callable[..., Tensor]
+    compare: Callable[..., Tensor]
+    seen: dict[str, Tensor]
 
     def __init__(self):
         super().__init__()
@@ -72,7 +78,7 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student: Tensor, target: Tensor, tau: float) -> Tensor:
-        total = 0.0
+        total = torch.zeros((), device=student.device)
         for logits, p in _slices(student, target):
             z = full_precision(logits) / tau
             log_total = z.logsumexp(-1)                                # [V, b]
@@ -116,7 +122,7 @@ class CrossEntropy(Loss):
     "The loss of DINO (equation 3): every student view predicts the target of every other global view."
 
     def __init__(self,
-        targets: nn.Module, # `Centering` or `Sinkhorn`
+        targets: "Centering | Sinkhorn", # what is done to the teacher's outputs
         student_temperature: float = 0.1, # tau_s
         teacher_temperature: float = 0.04, # tau_t at the end of its warm-up
         warmup_temperature: float = 0.04, # tau_t at the start
@@ -248,6 +254,8 @@ class Cosine(Loss):
 # %% ../nbs/06_loss.ipynb #class-infonce-nn-module
 class InfoNCE(Loss):
     "MoCo's loss: find the teacher's view of the same picture among a queue of teacher outputs of earlier pictures."
+    queue: Tensor
+    place: Tensor
 
     def __init__(self,
         dim: int, # width of the outputs

@@ -28,8 +28,8 @@ def draw_neighbours(embeddings: Mapping[str, Tensor], # name -> features of all 
     figure = Figure(figsize=(1.05 * (k + 1), 1.4 * len(embeddings)), dpi=72, facecolor="white", layout="constrained")
     grid, words = figure.subplots(len(embeddings), k + 1, squeeze=False), []
     for row, (name, embedding) in zip(grid, embeddings.items()):
-        _, nearest = neighbours(embedding[query:query + 1], embedding, k + 1)
-        nearest = [i for i in nearest[0].tolist() if i != query][:k]
+        _, order = neighbours(embedding[query:query + 1], embedding, k + 1)
+        nearest = [i for i in order[0].tolist() if i != query][:k]
         for axes, i in zip(row, [query, *nearest]):
             axes.imshow(pictures[i].expand(3, -1, -1).permute(1, 2, 0))
             axes.set(xticks=[], yticks=[])
@@ -85,7 +85,8 @@ def draw_map(places: Tensor, # x and y in 0..1, `[N, 2]`, as from `flat_map`
     figure = Figure(figsize=(6, 4.5), dpi=80, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
     colours = None if pictures.labels is None else pictures.labels.tolist()
-    axes.scatter(*places.T.tolist(), c=colours, cmap=None if colours is None else "tab10", s=14)
+    x, y = places.T.tolist()
+    axes.scatter(x, y, c=colours, cmap=None if colours is None else "tab10", s=14)
     figure.set_label(f"map of {len(pictures):,} pictures{', ' if title else ''}{title}")
     return figure
 

@@ -143,6 +143,6 @@ class Picker(anywidget.AnyWidget):
     picture = traitlets.Bytes().tag(sync=True)      # a PNG, see `png`
     alt = traitlets.Unicode().tag(sync=True)        # what is to be seen, for those who do not see it
     caption = traitlets.Unicode().tag(sync=True)    # a line beneath, read out when it changes
-    points = traitlets.List().tag(sync=True)        # x, y in 0..1 from the top left
+    points: traitlets.List = traitlets.List().tag(sync=True)        # x, y in 0..1 from the top left
     chosen = traitlets.Int(-1).tag(sync=True)
     hover = traitlets.Bool(False).tag(sync=True)    # choose what the mouse is over, without a click

@@ -30,16 +30,16 @@ def features(encoder: nn.Module, # `[B, C, size, size]` -> `[B, D]`
     "Embed all pictures: centre crop, evaluation mode, full precision, shared out over the ranks; ValueError if there are none."
     if not len(pictures):
         raise ValueError(f"there are no pictures to embed in {pictures.name or 'this set'!r}")
-    was_training, rows = encoder.training, []
+    was_training, found = encoder.training, []
     encoder.eval()
     view, last = view or (lambda images, sizes, _: center_crop(images, sizes, size)), len(pictures) - 1
     mine = torch.arange(rank(), len(pictures) + -len(pictures) % world_size(), world_size()).clamp(max=last)   # as many on every rank
     with torch.autocast(torch.device(device).type, enabled=False):
         for index in mine.split(batch):
             images, sizes = pictures.batch(index)
-            rows.append(encoder(view(images.to(device), sizes.to(device), index.to(device))).float().cpu())
+            found.append(encoder(view(images.to(device), sizes.to(device), index.to(device))).float().cpu())
     encoder.train(was_training)
-    rows = torch.cat(rows)
+    rows = torch.cat(found)
     if not gather:
         return rows[: len(range(rank(), len(pictures), world_size()))]
     rows = gather_rows(rows).unflatten(0, (world_size(), -1))
@@ -131,8 +131,8 @@ def check_features(train: Tensor, # features of the labelled pictures, `[N, D]`
 def _from_all_ranks(similarity: Tensor, voters: Tensor, k: int) -> tuple[Tensor, Tensor]:
     "What every rank found in its share, side by side; where one has fewer than k, places without a vote."
     missing = k - similarity.shape[1]
-    padded = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(voters, (0, missing))
-    return tuple(gather_rows(x.T).T for x in padded)
+    similarity, voters = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(voters, (0, missing))
+    return gather_rows(similarity.T).T, gather_rows(voters.T).T
 
 # %% ../nbs/08_score.ipynb #torch-no-grad-3
 @torch.no_grad()
@@ -240,8 +240,8 @@ def linear_probe(train: Tensor, # features of the labelled pictures, `[N, D]`; t
     nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
     _fit(linear, (z - mean) / std, labels, decay, steps)
     with torch.no_grad():
-        linear.weight /= std
-        linear.bias -= linear.weight @ mean
+        linear.weight.div_(std)
+        linear.bias.sub_(linear.weight @ mean)
         guess = linear(test.to(z)).argmax(1)
     return 100 * (guess == truth.to(guess.device)).double().mean().item(), linear
 

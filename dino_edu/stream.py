@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, filterfalse
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .files import assign, decode, opened, read_classes
 
@@ -53,8 +54,8 @@ class Streamed:
     workers: int | None = None # threads for a batch; None takes up to eight
     broken: dict[str, str] = field(default_factory=dict, init=False) # what is wrong with which file, as far as this process knows
     reads: int = field(default=0, init=False) # how many pictures this process was asked for
-    masks = None  # what `data.Pictures` may have
-    uniform = False
+    masks: ClassVar[Tensor | None] = None  # what `data.Pictures` may have
+    uniform: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,9 +87,9 @@ class Streamed:
     ) -> tuple[Tensor, Tensor]: # uint8 `[B, C, H, W]`, zeros at the bottom and right; sizes int64 `[B, 2]`
         "Pictures padded to the largest of the batch, and their true heights and widths; broken ones are replaced."
         index = to_index(index).tolist()
-        images = self._decode_all(index)
+        found = self._decode_all(index)
         self.reads += len(index)
-        images = [self._instead(i, image) if isinstance(image, ValueError) else image for i, image in zip(index, images)]
+        images = [self._instead(i, image) if isinstance(image, ValueError) else image for i, image in zip(index, found)]
         sizes = torch.tensor([image.shape[1:] for image in images])
         padded = torch.zeros(len(images), self.channels, *sizes.amax(0).tolist(), dtype=torch.uint8)
         for room, image, (height, width) in zip(padded, images, sizes.tolist(), strict=True):
@@ -166,7 +167,7 @@ def stream_folder(path: str | Path, # folder, with class folders or without
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, not {channels}")
     with opened(path) as (files, _):
-        plan, found = assign(path, path.name, files, classes and read_classes(classes), split, labelled, share)
+        plan, found = assign(path, path.name, files, read_classes(classes) if classes else None, split, labelled, share)
     def part(kind):
         names = sorted((name for name in plan if plan[name][0] == kind), key=lambda name: plan[name][2])
         if not names:
@@ -181,13 +182,13 @@ def stream_folder(path: str | Path, # folder, with class folders or without
     return train, val
 
 # %% ../nbs/00c_stream.ipynb #class-batches
-class _Batches:
+class _Batches(Dataset):
     "What a worker does: decode the pictures of one step, and bring back what went wrong instead of dying of it."
     def __init__(self, pictures):
         self.pictures = pictures
 
-    def __getitem__(self, index: np.ndarray):
-        index = torch.from_numpy(index)
+    def __getitem__(self, numbers: np.ndarray):
+        index = torch.from_numpy(numbers)
         if get_worker_info() is None:
             return *self.pictures.batch(index), []
         with warnings.catch_warnings(record=True) as caught:
@@ -205,7 +206,8 @@ def prefetched(pictures, # a `Streamed`, a `data.Pictures`, or whatever has `bat
     ahead: int = 2, # batches that each worker has ready or in hand
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]: # images uint8 `[B, C, H, W]`, sizes int64 `[B, 2]`, index int64 `[B]`
     "Batches in the plan's order, decoded in worker processes while the caller computes; to close it ends the workers."
-    drawn, told = deque(), set()
+    drawn: deque[Tensor] = deque()
+    told: set[str] = set()
     def order():
         for index in plan:
             drawn.append(index)

@@ -17,6 +17,7 @@ from .core import entropy, full_precision, sum_over_ranks
 # %% ../nbs/06a_tally.ipynb #tally
 class Tally:
     "Sums over the targets of as many steps as it takes, and what they say about a collapse."
+    sums: dict[str, Tensor]
 
     def __init__(self,
         rows: int, # targets to wait for: 4 K, at most 8,192, is enough

@@ -19,7 +19,7 @@ def frozen(network: nn.Module) -> nn.Module:
     copied = copy.deepcopy(network).requires_grad_(False)
     for module in copied.modules():
         if hasattr(module, "drop_prob"):   # timm's DropPath and its like
-            module.drop_prob = 0.0
+            module.drop_prob = 0.0  # type: ignore[assignment] # to torch, an attribute that it does not know is a tensor or a module
         elif isinstance(module, nn.Dropout):
             module.p = 0.0
     return copied
@@ -31,8 +31,7 @@ def move(target: nn.Module, # the network that moves
     keep: float, # how much stays: 1 leaves the target, 0 copies the source
 ) -> None:
     "Exponential moving average of the parameters, in place. Buffers (BatchNorm's statistics) are not touched."
-    targets, sources = list(target.parameters()), list(source.parameters())
-    torch._foreach_lerp_(targets, sources, 1 - keep)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - keep)
 
 # %% ../nbs/05_teacher.ipynb #kinds-momentum-student-copy-previous-ite
 KINDS = ("momentum", "student_copy", "previous_iteration", "previous_epoch")
@@ -40,6 +39,7 @@ KINDS = ("momentum", "student_copy", "previous_iteration", "previous_epoch")
 
 class Teacher(nn.Module):
     "A network that follows the student in one of the four ways of the paper (section 5.2, figure 6)."
+    steps: Tensor
 
     def __init__(self,
         student: nn.Module, # starts as an exact copy of it
