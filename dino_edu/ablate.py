@@ -32,7 +32,8 @@ def of_table(lines: Iterable[dict], # of rows.jsonl, of any table and base
     rows: Mapping[str, Row], # of the table
 ) -> list[dict]: # named after the table and its rows, of each row and seed the first
     "The runs that make up a table, found by their recipes."
-    lines, found = list(lines), {}
+    lines = list(lines)
+    found: dict[tuple[str, int], dict] = {}
     for job in plan(base, table, rows, [0], Path()):
         for line in find(lines, job.recipe):
             found.setdefault((job.row, line["seed"]), line | dict(table=table, row=job.row))

@@ -14,9 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -27,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from .augment import TorchvisionMultiCrop
 from .core import cosine, log_softmax, pick_device, seed_everything, softmax
 from .data import Pictures
-from .recipe import PRESETS as recipe_presets, Recipe, method, override
+from .recipe import PRESETS as recipe_presets, Recipe, method, override, remembered
 from .shapes import make
+from .stream import Streamed
 from .train import autocast, batches, clip_each, halves, optimizer, set_schedule, total_steps, train
-from .vit import ViT, attention_weights
+from .vit import Block, ViT, attention_weights
 
 # %% ../nbs/09b_bench.ipynb #small
 def small() -> Recipe:
@@ -87,7 +89,7 @@ def plain_encode(net: nn.Module, # one of our transformers (or any other, which 
     if not isinstance(net, ViT):
         return net(x)
     x = net.embed(x)
-    for block in net.blocks:
+    for block in cast(Sequence[Block], net.blocks):
         q, k, v = block.attn.queries_keys_values(block.norm1(x))
         mixed = (attention_weights(q, k) @ v).transpose(1, 2).flatten(2)
         x = x + block.drop_path(block.attn.proj(mixed))
@@ -149,8 +151,8 @@ def plain_loop(pictures: Pictures, # in memory
 def _plain_outputs(net: nn.Module, views: list[Tensor]) -> Tensor:
     "Crops of one size together, as published; the head once: `[V, B, K]`."
     large, small = views[:2], views[2:]
-    features = [plain_encode(net.encoder, torch.cat(group)) for group in (large, small) if group]
-    return net.head(torch.cat(features)).unflatten(0, (len(views), -1))
+    features = [plain_encode(net.get_submodule("encoder"), torch.cat(group)) for group in (large, small) if group]
+    return net.get_submodule("head")(torch.cat(features)).unflatten(0, (len(views), -1))
 
 # %% ../nbs/09b_bench.ipynb #rates
 def _wait(device: torch.device) -> None:
@@ -181,7 +183,7 @@ def rates(steps: Iterator, # takes a step at each `next`
     return found
 
 # %% ../nbs/09b_bench.ipynb #our-loop
-def our_loop(pictures: Pictures, # in memory
+def our_loop(pictures: Pictures | Streamed, # what to learn from
     recipe: Recipe, # what to train
     device: torch.device, # where to train
     workers: int, # processes that fetch pictures
@@ -288,7 +290,7 @@ def _serve() -> None:
     "Carry out an order of `measure` from standard input; the answer goes to standard output."
     order = json.load(sys.stdin)
     torch.set_num_threads(order["threads"])
-    recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in order["recipe"].items()})
+    recipe = remembered(order["recipe"])
     device, pictures = pick_device(order["device"]), some_pictures(recipe, max(512, recipe.batch))
     seed_everything(0)
     loop = dict(ours=our_loop, plain=plain_loop)[order["side"]](pictures, recipe, device, order["workers"])
@@ -342,8 +344,8 @@ def bench(recipe: Recipe, # what to train
                 say(f"{side:5} {threads} threads, {workers} workers{', compiled' * tried.compile}: {found['images_per_second']:.0f} images/s")
         best[side] = max((t for t in trials if t["side"] == side), key=lambda t: t["images_per_second"])
     turns = [_turn(best, recipe, place.type, seconds, say) for _ in range(rounds)]
-    result = dict(device=torch.cuda.get_device_name(place) if place.type == "cuda" else f"cpu, {os.cpu_count()} cores",
-                  torch=str(torch.__version__), precision="bf16" if half else "fp32", recipe=asdict(recipe), trials=trials)
+    result: dict[str, Any] = dict(device=torch.cuda.get_device_name(place) if place.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+                              torch=str(torch.__version__), precision="bf16" if half else "fp32", recipe=asdict(recipe), trials=trials)
     for side in best:
         speed = statistics.median(turn[side]["images_per_second"] for turn in turns)
         result[side] = best[side] | dict(images_per_second=speed, peak_memory=turns[0][side]["peak_memory"])

@@ -10,6 +10,7 @@ import csv
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .checkpoint import write_atomically
 from .data import read_folder
 from .recipe import Recipe
 from .score import features
-from .vit import ViT
+from .vit import Block, ViT
 
 # %% ../nbs/17d_carry.ipynb #embed
 def embed(net: nn.Module, # an encoder, `[B, C, size, size]` -> `[B, D]`
@@ -32,8 +33,8 @@ def embed(net: nn.Module, # an encoder, `[B, C, size, size]` -> `[B, D]`
     labelled: bool = True, # False: folders are no classes
 ) -> dict[str, np.ndarray]: # features `[N, D]`, paths and splits `[N]`; of labelled pictures also labels `[N]` and classes
     "The features of all pictures of a folder or an archive. Errors as in `data.read_folder`."
-    parts = read_folder(source, picture_size or size, channels, labelled=labelled, share=0)
-    parts = [pictures for pictures in parts if pictures is not None]
+    read = read_folder(source, picture_size or size, channels, labelled=labelled, share=0)
+    parts = [pictures for pictures in read if pictures is not None]
     found = dict(features=torch.cat([features(net.to(device), pictures, size, device) for pictures in parts]).numpy())
     found["paths"] = np.array([path for pictures in parts for path in pictures.paths])
     found["splits"] = np.repeat([pictures.name.split()[-1] for pictures in parts], [len(pictures) for pictures in parts])
@@ -56,7 +57,7 @@ def write_features(path: Path, # file to write, .npz or .csv
 def _write_npz(path: Path, found: dict[str, np.ndarray]) -> None:
     "For `numpy.load(path)`; no pickles."
     with open(path, "wb") as file:   # a name without .npz would be given one
-        np.savez_compressed(file, **found)
+        np.savez_compressed(file, **found)  # type: ignore[arg-type] # none of them is called allow_pickle
 
 
 def _write_csv(path: Path, found: dict[str, np.ndarray]) -> None:
@@ -71,7 +72,7 @@ def _write_csv(path: Path, found: dict[str, np.ndarray]) -> None:
 # %% ../nbs/17d_carry.ipynb #as-timm
 def timm_arguments(net: ViT) -> dict: # arguments of timm's VisionTransformer, embed_layer left out
     "The sizes of a network of ours as timm asks for them."
-    stem, proj, block = net.patch_embed.stem, net.patch_embed.proj, net.blocks[0]
+    stem, proj, block = net.patch_embed.stem, net.patch_embed.proj, cast(Block, net.blocks[0])
     first = stem[0] if isinstance(stem, nn.Sequential) else proj
     return dict(img_size=net.grid * net.patch_size, patch_size=proj.kernel_size[0], in_chans=first.in_channels, num_classes=0,
                 embed_dim=net.embed_dim, depth=len(net.blocks), num_heads=block.attn.heads,
@@ -117,10 +118,10 @@ def _has_stem(net: ViT) -> bool:
 
 def _stem_lines(net: ViT) -> list[str]:
     "The stem as Python; an empty line where there is none."
-    if not _has_stem(net):
+    stem, layers = net.patch_embed.stem, []
+    if not isinstance(stem, nn.Sequential):
         return [""]
-    layers = []
-    for layer in net.patch_embed.stem:
+    for layer in stem:
         if isinstance(layer, nn.Conv2d):
             layers += [f"    nn.Conv2d({layer.in_channels}, {layer.out_channels}, 3, stride=2, padding=1),",
                        f"    nn.GroupNorm(1, {layer.out_channels}),", "    nn.GELU(),"]

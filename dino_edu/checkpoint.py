@@ -15,9 +15,10 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import Field, asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from . import __version__
 from .core import gather_rows, keys, rank
 from .recipe import Recipe, encoder, remembered
+from .vit import Timm, ViT
 
 # %% ../nbs/08b_checkpoint.ipynb #def-write-atomically-path-path-the-file-
 def write_atomically(path: Path, # the file wanted
@@ -77,10 +79,15 @@ FORMAT = 3  # of checkpoints; a reader refuses what it does not know
 WATCHING = ("evaluations", "log_every", "save_every")  # fields of a recipe that change what is seen of a run, not the run
 
 
+class _Choices(Protocol):
+    "A recipe, or another dataclass that says what is being run."
+    __dataclass_fields__: ClassVar[dict[str, Field]]
+
+
 def save_checkpoint(path: Path, # file to write
     method: nn.Module, # student, teacher, what the loss remembers
     optimizer: torch.optim.Optimizer, # its moments
-    recipe: Recipe, # what is being run
+    recipe: _Choices, # what is being run
     seed: int, # of the run
     step: int, # steps done
     **more, # anything else of tensors, numbers, texts, lists, tuples and dicts
@@ -137,7 +144,7 @@ def _check_sums(path: Path) -> None:
 def restore(state: dict, # from `load_checkpoint`
     method: nn.Module, # takes its weights
     optimizer: torch.optim.Optimizer, # takes its moments
-    recipe: Recipe, # must be the checkpoint's
+    recipe: _Choices, # must be the checkpoint's
     seed: int, # must be the checkpoint's
 ) -> int: # steps done
     "Put a checkpoint back. ValueError names the first difference of the recipes, the seeds or the networks."
@@ -208,7 +215,7 @@ def save_encoder(path: Path, # file to write, `.safetensors`
     write_atomically(path, lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 # %% ../nbs/08b_checkpoint.ipynb #def-load-encoder-path-path-tuple-nn-modu
-def load_encoder(path: Path) -> tuple[nn.Module, Recipe]:
+def load_encoder(path: Path) -> tuple[ViT | Timm | nn.ModuleDict, Recipe]:
     "Rebuild what `save_encoder` stored, in evaluation mode, strictly; and its recipe. ValueError names a file that is broken or foreign."
     metadata = about_encoder(path)
     if "recipe" not in metadata:

@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from .augment import Views
 from .core import full_precision, seed_everything
 from .data import Pictures, load
 from .loss import CrossEntropy
+from .methods import Learner
 from .recipe import Recipe, method, override, shapes
 from .rows import constant_temperature
 from .run import summarize, verdict
 from .score import features
+from .stream import Streamed
 from .tally import Tally, effective_rank, spread
 from .train import batches, optimizer, report, train
 
@@ -41,21 +44,21 @@ def patient(**changes) -> Recipe: # fields of the recipe
 class Illness:
     "A way to spoil a run: by its recipe, its method, its views, or its number format."
     changes: dict = field(default_factory=dict)  # fields of the recipe
-    method: Callable[[nn.Module], None] = lambda net: None  # done to the method before the first step
+    method: Callable[[Learner], None] = lambda net: None  # done to the method before the first step
     views: Callable[[Views], Views] = lambda views: views  # done to the views of every step
     context: Callable = nullcontext  # what the whole run happens in
 
 # %% ../nbs/11_collapse.ipynb #aliases
-def _alias(net: nn.Module) -> None:
+def _alias(net: Learner) -> None:
     "The teacher is not a copy of the student, but the student itself."
     net.teacher.network = net.student
 
 
-def _no_stop_gradient(net: nn.Module) -> None:
+def _no_stop_gradient(net: Learner) -> None:
     "The same, and the gradient flows through the targets too."
     _alias(net)
-    net.teacher.forward = net.student.forward
-    old = net.loss
+    net.teacher.forward = net.student.forward  # type: ignore[method-assign] # an illness
+    old = cast(CrossEntropy, net.loss)
     net.loss = _WithGradient(old.targets, old.student_temperature, old.teacher_temperature, old.warmup_temperature, old.warmup)
 
 
@@ -76,16 +79,16 @@ def _shuffle(views: Views) -> Views:
     return replace(views, images=[image.roll(k, 0) for k, image in enumerate(views.images)])
 
 
-def _grow(net: nn.Module) -> None:
+def _grow(net: Learner) -> None:
     "Let the weights before one activation grow by half in every step, in student and teacher."
-    weights = [network.encoder.blocks[0].mlp.fc1.weight for network in (net.student, net.teacher.network)]
+    weights: list[Tensor] = [network.get_parameter("encoder.blocks.0.mlp.fc1.weight") for network in (net.student, net.teacher.network)]
     after = net.after_step
 
     def after_step(t: float) -> None:
         after(t)
         with torch.no_grad():
             torch._foreach_mul_(weights, 1.5)
-    net.after_step = after_step
+    net.after_step = after_step  # type: ignore[method-assign] # another
 
 
 def _half() -> torch.autocast:
@@ -107,7 +110,7 @@ ILLNESSES = {
 
 # %% ../nbs/11_collapse.ipynb #watch
 def watch(recipe: Recipe, # usually a `patient`
-    pictures: Pictures, # to learn from
+    pictures: Pictures | Streamed, # to learn from
     seed: int = 0, # of weights, data order and crops
     illness: Illness = Illness(), # what to spoil
     show: Callable[[Iterable, int], Iterable] = lambda steps, total: steps, # passes the steps through, for instance `run.progress`
@@ -133,7 +136,7 @@ def watch(recipe: Recipe, # usually a `patient`
     return lines, None
 
 
-def _signs(net: nn.Module, pictures: Pictures, recipe: Recipe) -> dict[str, float]:
+def _signs(net: Learner, pictures: Pictures | Streamed, recipe: Recipe) -> dict[str, float]:
     "Rank and spread of the teacher's features."
     found = features(net.encoders()["teacher"], pictures.subset(torch.arange(min(len(pictures), 256))), recipe.global_size)
     return dict(rank_teacher=effective_rank(found), spread_teacher=spread(found))

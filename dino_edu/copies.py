@@ -13,19 +13,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import visible
+from .attention import as_vit, visible
 from .augment import jitter, normalize, random_boxes, resample
 from .core import keys, uniform
 from .data import Pictures, read_folder
 from .files import decode
 from .retrieve import average_precision, chance, rank_all
 from .segment import Interval, interval
+from .stream import Streamed
 
 # %% ../nbs/14a_copies.ipynb #gem
 def gem(tokens: Tensor, # of patches, `[B, N, D]`
@@ -38,7 +40,7 @@ def gem(tokens: Tensor, # of patches, `[B, N, D]`
 # %% ../nbs/14a_copies.ipynb #describe
 @torch.no_grad()
 def describe(net: nn.Module, # one of our vision transformers, or any `[B, C, size, size]` -> `[B, D]`
-    pictures: Pictures, # what to describe
+    pictures: Pictures | Streamed, # what to describe
     size: int, # side of the square that is read, in pixels
     device: torch.device | str = "cpu", # where the network is
     batch: int = 64, # pictures at a time
@@ -53,7 +55,7 @@ def describe(net: nn.Module, # one of our vision transformers, or any `[B, C, si
         boxes = torch.cat([torch.zeros_like(sizes), sizes], 1).float()
         x = normalize(resample(images, boxes, size).clamp(0, 1))
         if hasattr(net, "layers"):
-            tokens = net.layers(x, 1)[0].float()
+            tokens = as_vit(net, "layers").layers(x, 1)[0].float()
             rows.append(torch.cat([tokens[:, 0], gem(tokens[:, 1:])], 1).cpu())
         else:
             rows.append(net(x).float().cpu())
@@ -129,14 +131,14 @@ KINDS = dict(crop=_crop, jpeg=_jpeg, scan=_scan, caption=_caption, paste=_paste,
 @dataclass(frozen=True)
 class Copies:
     "Originals, copies of them, and which is whose."
-    originals: Pictures  # N, what has to be found
+    originals: Pictures | Streamed  # N, what has to be found
     copies: Pictures  # M, what asks
     source: Tensor  # row of `originals` that each copy was made of, int64 `[M]`
     kinds: tuple[str, ...]  # how each was made, M names
 
 
-def make_copies(originals: Pictures, # in colour
-    others: Pictures, # pasted into `paste` copies; none of the originals
+def make_copies(originals: Pictures | Streamed, # in colour
+    others: Pictures | Streamed, # pasted into `paste` copies; none of the originals
     seed: int = 0, # another seed, other copies
     kinds: Sequence[str] = tuple(KINDS), # which to make: one of each for every original
 ) -> Copies: # kind by kind, each in the order of the originals
@@ -158,7 +160,7 @@ def _packed(images: Sequence[Tensor], name: str) -> Pictures:
     return Pictures(np.concatenate([image.flatten().numpy() for image in images]), counts.cumsum(0) - counts, sizes, 3, name=name)
 
 # %% ../nbs/14a_copies.ipynb #overlap
-def check_disjoint(sets: Mapping[str, Pictures]) -> None: # by the names that the message shall use
+def check_disjoint(sets: Mapping[str, Pictures | Streamed]) -> None: # by the names that the message shall use
     "ValueError if a picture is in two of the sets, byte by byte; re-encoded or cropped twins are not noticed."
     seen: dict[bytes, tuple[str, int]] = {}
     for name, pictures in sets.items():
@@ -199,9 +201,9 @@ def learn_whitening(x: Tensor, # descriptors of pictures of no other use, `[N, D
 # %% ../nbs/14a_copies.ipynb #detection
 def copy_detection(nets: Mapping[str, Sequence[nn.Module]], # by name; of several networks of one name the mean. The first is the one in question
     copies: Copies, # from `make_copies` or `copydays`
-    distractors: Pictures | None, # hide the answers
+    distractors: Pictures | Streamed | None, # hide the answers
     size: int, # side of the square that is read, in pixels
-    learn: Pictures | None = None, # to learn whitening from, none of the others; None: no whitening
+    learn: Pictures | Streamed | None = None, # to learn whitening from, none of the others; None: no whitening
     by: str = "copy", # who asks: copy (Copydays: its original is right), or original (all its copies are)
     device: torch.device | str = "cpu", # where the networks are
 ) -> dict: # `metrics` in percent, intervals over originals; by name `ap` of every query and `first`, the row that the first network of a name ranks first: originals (or copies), then distractors
@@ -224,7 +226,8 @@ def copy_detection(nets: Mapping[str, Sequence[nn.Module]], # by name; of severa
     return dict(metrics=metrics | _summary(ap, asked, copies.kinds if by == "copy" else ()), ap=ap, first=first)
 
 
-def _ranked(net: nn.Module, copies: Copies, distractors: Pictures | None, learn: Pictures | None, by: str, size: int, device) -> Tensor:
+def _ranked(net: nn.Module, copies: Copies, distractors: Pictures | Streamed | None, learn: Pictures | Streamed | None,
+            by: str, size: int, device) -> Tensor:
     "The database in the order of every query, int64 `[M, N]`."
     query, database = (describe(net, pictures, size, device) for pictures in (copies.copies, copies.originals)[:: 1 if by == "copy" else -1])
     if distractors is not None:
@@ -243,7 +246,8 @@ def _scored(ranking: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _summary(ap: Mapping[str, Tensor], groups: Tensor, kinds: Sequence[str]) -> dict:
     "Means and paired differences with their intervals, over all queries and for each kind."
-    first, metrics = next(iter(ap)), {}
+    first = next(iter(ap))
+    metrics: dict[str, Any] = {}
     for kind in [None, *dict.fromkeys(kinds)]:
         rows = torch.tensor([kind in (None, k) for k in kinds]) if kinds else torch.ones(len(groups), dtype=torch.bool)
         for name, values in ap.items():
@@ -283,7 +287,7 @@ def plot_kinds(metrics: Mapping, # of `copy_detection` by copy
 
 # %% ../nbs/14a_copies.ipynb #firsts
 def plot_firsts(copies: Copies, # from `make_copies` or `copydays`
-    distractors: Pictures | None, # as they were given to `copy_detection`
+    distractors: Pictures | Streamed | None, # as they were given to `copy_detection`
     first: Mapping[str, Tensor], # its `first`, by copy
     original: int, # which one
 ): # the matplotlib Figure

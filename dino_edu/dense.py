@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import crop_masks, patch_share
 from .augment import MultiCrop, center_crop, normalize
@@ -19,10 +19,11 @@ from .core import full_precision, keys, permutation
 from .data import Pictures
 from .score import knn, linear_probe, neighbours, votes
 from .segment import Interval, Scene, crossfit, interval
+from .vit import ViT
 
 # %% ../nbs/08i_dense.ipynb #patch-tokens
 @torch.no_grad()
-def patch_tokens(encoder: nn.Module, # one of our vision transformers
+def patch_tokens(encoder: ViT, # one of our vision transformers
     pictures: Pictures, # what to embed
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the encoder is
@@ -96,7 +97,7 @@ def relative_places(boxes: Tensor, # of two views, as in `Views`: top, left, hei
 
 # %% ../nbs/08i_dense.ipynb #localise
 @torch.no_grad()
-def localise(encoder: nn.Module, # one of our vision transformers
+def localise(encoder: ViT, # one of our vision transformers
     pictures: Pictures, # to make views of
     augment: MultiCrop, # how; its two global views are used
     seed: int = 0, # of the views
@@ -118,7 +119,7 @@ def localise(encoder: nn.Module, # one of our vision transformers
     return {name: 100 * value for name, value in zip(("localised", "by_place", "by_chance"), torch.cat(hits).mean(0).tolist())}
 
 # %% ../nbs/08i_dense.ipynb #dense-scores
-def dense_scores(encoder: nn.Module, # one of our vision transformers
+def dense_scores(encoder: ViT, # one of our vision transformers
     train: Pictures, # labelled, with masks
     val: Pictures, # the same, to score on
     size: int, # side of the centre crop in pixels

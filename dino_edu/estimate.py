@@ -16,11 +16,12 @@ from .bench import our_loop, rates
 from .core import mean_over_ranks, pick_device, world_size
 from .data import Pictures
 from .recipe import Recipe, method, override
+from .stream import Streamed
 from .train import autocast, batches, total_steps
 
 # %% ../nbs/09c_estimate.ipynb #footprint
 def footprint(recipe: Recipe, # what to train
-    pictures: Pictures, # in memory
+    pictures: Pictures | Streamed, # to take it from
     device: torch.device, # where
     batch: int = 4, # pictures to try it with; the result is scaled up
 ) -> dict[str, int]: # bytes: `states`, which stay, and `activations`, for this process's share of a batch
@@ -59,7 +60,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, # what will run
-    pictures: Pictures, # what it will learn from
+    pictures: Pictures | Streamed, # what it will learn from
     device: str = "auto", # auto, cpu, cuda, ...
     workers: int = 0, # processes that will fetch pictures
 ) -> Estimate:
@@ -77,7 +78,7 @@ def estimate(recipe: Recipe, # what will run
     return Estimate(speed, total_steps(recipe, len(pictures)) * recipe.batch / speed, **memory)
 
 
-def _trial_speed(recipe: Recipe, pictures: Pictures, place: torch.device, workers: int, batch: int) -> float:
+def _trial_speed(recipe: Recipe, pictures: Pictures | Streamed, place: torch.device, workers: int, batch: int) -> float:
     "Images/s in a few steps with a batch of this size, over all processes; not compiled, which would take longer than the steps."
     few = override(recipe, batch=batch, compile=False, lr=0.0)   # a rate that diverges is for the run to report
     speed = statistics.median(rates(our_loop(pictures, few, place, workers), batch, place, seconds=0.0, warmup=1))

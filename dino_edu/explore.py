@@ -19,12 +19,13 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from .attention import attention_maps, cut_out, mass_mask, paint, show_attention, visible
+from .attention import as_vit, attention_maps, cut_out, mass_mask, paint, show_attention, visible
 from .augment import MultiCrop
 from .core import entropy, keys, softmax
 from .files import decode
 from .patches import patch_features, pca_maps, similarity
 from .picker import ROOM, Picker, grid_points, png, to_patches
+from .vit import ViT
 
 # %% ../nbs/17_explore.ipynb #panel
 def panel(draw: Callable[..., Figure], # takes the controls' values by name; the figure's label says what is to be seen
@@ -144,7 +145,7 @@ def _in_view(image: Tensor, heat: Tensor, kind: str, mass: float) -> Tensor:
     return cut_out(image, mass_mask(heat, mass)) if kind == "mask" else paint(image, heat, dict(overlay=0.65, map=1.0)[kind])
 
 # %% ../nbs/17_explore.ipynb #draw-attention
-def draw_attention(net: nn.Module, # one of our vision transformers
+def draw_attention(net: ViT, # one of our vision transformers
     image: Tensor, # uint8 `[3, H, W]`
     size: int, # shorter side that the network reads, in pixels
     layer: int = -1, # which block
@@ -179,7 +180,7 @@ class AttentionExplorer(ipywidgets.VBox):
     "Networks and pictures to choose from, or to upload; a picture to click on, and its heads."
 
     def __init__(self,
-        networks: Mapping[str, tuple[nn.Module, int]], # by name: one of our vision transformers, and the side of the views that it learnt from
+        networks: Mapping[str, tuple[ViT, int]], # by name: one of our vision transformers, and the side of the views that it learnt from
         pictures: Mapping[str, Tensor], # uint8 `[3, H, W]` by name
     ):
         self.networks, self.pictures = dict(networks), dict(pictures)
@@ -293,7 +294,7 @@ class AttentionExplorer(ipywidgets.VBox):
         self._look()
 
 # %% ../nbs/17_explore.ipynb #draw-emergence
-def draw_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> teacher and student, as from `weights.snapshots`
+def draw_emergence(course: Mapping[int, Mapping[str, nn.Module] | nn.ModuleDict], # step -> teacher and student, as from `weights.snapshots`
     image: Tensor, # uint8 `[3, H, W]`
     size: int, # shorter side that the networks read, in pixels
     kind: str = "overlay", # or map, mask
@@ -306,7 +307,7 @@ def draw_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> teac
     for row, who in zip(grid, ("student", "teacher")):
         row[0].set_ylabel(who)
         for axes, (step, nets) in zip(row[1:], course.items()):
-            small = to_patches(image, size, nets[who].patch_size)
+            small = to_patches(image, size, as_vit(nets[who]).patch_size)
             maps = attention_maps(nets[who], small)
             axes.imshow(_in_view(small, maps.mean(0) if head is None else maps[head], kind, mass).permute(1, 2, 0))
             axes.set_title(f"step {step:,}", fontsize=9)
@@ -318,7 +319,7 @@ def draw_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> teac
     return figure
 
 # %% ../nbs/17_explore.ipynb #touch-emergence
-def touch_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> teacher and student
+def touch_emergence(course: Mapping[int, Mapping[str, nn.Module] | nn.ModuleDict], # step -> teacher and student
     pictures: Mapping[str, Tensor], # uint8 `[3, H, W]` by name
     size: int, # shorter side that the networks read, in pixels
 ) -> ipywidgets.VBox:
@@ -333,13 +334,13 @@ def touch_emergence(course: Mapping[int, Mapping[str, nn.Module]], # step -> tea
         head=_choice("head", [("mean", -1), *((f"head {i + 1}", i) for i in range(heads))]))
 
 # %% ../nbs/17_explore.ipynb #draw-poster
-def draw_poster(course: Mapping[int, Mapping[str, nn.Module]], # step -> teacher and student, as from `weights.snapshots`
+def draw_poster(course: Mapping[int, Mapping[str, nn.Module] | nn.ModuleDict], # step -> teacher and student, as from `weights.snapshots`
     pictures: Sequence[Tensor], # uint8 `[3, H, W]` each, a row each
     size: int, # shorter side that the networks read, in pixels
     mass: float = 0.6, # share of the attention that the mask keeps
 ) -> Figure:
     "The teacher's look after every step of a course, and mask, principal components and likeness by the last teacher."
-    teacher = course[max(course)]["teacher"]
+    teacher = as_vit(course[max(course)]["teacher"])
     small = [to_patches(image, size, teacher.patch_size) for image in pictures]
     features = [patch_features(teacher, image) for image in small]
     figure = Figure(figsize=(1.1 * (4 + len(course)), 1.1 * len(small) + 0.3), dpi=64, facecolor="white", layout="constrained")

@@ -10,7 +10,7 @@ __all__ = ['VIEWS', 'moving_shape', 'Clip', 'read_frames', 'watch', 'brightest',
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from .attention import attention_maps, crop_to_patches, cut_out, jaccard, mass_mask, paint
+from .attention import as_vit, attention_maps, crop_to_patches, cut_out, jaccard, mass_mask, paint
 from .files import EXTENSIONS, decode
 from .shapes import make
 
@@ -195,7 +195,7 @@ def watch(encoder: nn.Module, # one of our vision transformers
 def _progress(frames: Iterable[Tensor], label: str) -> Iterable[Tensor]:
     "A bar on a terminal."
     from tqdm import tqdm
-    total = frames.count if isinstance(frames, Clip) else len(frames) if hasattr(frames, "__len__") else None
+    total = frames.count if isinstance(frames, Clip) else len(frames) if isinstance(frames, Sized) else None
     return tqdm(frames, desc=label, total=total, unit="frame", leave=False, disable=None)
 
 # %% ../nbs/04b_film.ipynb #paint-code
@@ -253,7 +253,7 @@ def film(path: str | Path, # .gif or .mp4 to write
         raise ValueError("a film goes through its frames twice: give a clip, a tensor or a list, not an iterator")
     maps = watch(encoder, frames, head, layer)
     bright, looks = brightest(maps), zip(_progress(frames, "painting"), maps, strict=True)
-    painted = (side_by_side(frame, heat, encoder.patch_size, bright, mass, views).permute(1, 2, 0).numpy() for frame, heat in looks)
+    painted = (side_by_side(frame, heat, as_vit(encoder).patch_size, bright, mass, views).permute(1, 2, 0).numpy() for frame, heat in looks)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -17,16 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import attention_score
 from .checkpoint import keep, load_checkpoint, restore, save_checkpoint, save_encoder, write_atomically
 from .core import gather_rows, keys, mean_over_ranks, pick_device, rank, seed_everything, world_size
 from .data import Pictures
+from .methods import Learner
 from .recipe import Recipe, method
 from .run import Run, plot_curves, progress, summarize, tell
 from .score import features, pixel_knn, score
+from .stream import Streamed
 from .tally import Tally, effective_rank, spread
 from .train import batches, optimizer, report, steps_per_epoch, total_steps, train
 from .vit import SIZES
@@ -65,8 +66,8 @@ def noted_signals(patience: float = 2.0, # seconds after which a second signal s
 
 # %% ../nbs/09a_fit.ipynb #fit
 def fit(recipe: Recipe, # what to run
-    train_set: Pictures, # what to learn from
-    val_set: Pictures | None, # labelled pictures to score on; None: no k-NN
+    train_set: Pictures | Streamed, # what to learn from
+    val_set: Pictures | Streamed | None, # labelled pictures to score on; None: no k-NN
     out: Path | str, # the run's folder; a run that was interrupted there goes on
     seed: int = 0, # of weights, data order and crops
     device: str = "auto", # `auto`, `cpu`, `cuda`, ...
@@ -74,7 +75,7 @@ def fit(recipe: Recipe, # what to run
     tensorboard: bool = False, # events for TensorBoard beside the log, where it is installed
     say: Callable[[str], None] = tell, # where a line about every evaluation goes
     workers: int = 0, # processes that fetch pictures ahead, see `train.batches`
-    gallery: Pictures | None = None, # labelled pictures that vote in k-NN; None: those that it learns from
+    gallery: Pictures | Streamed | None = None, # labelled pictures that vote in k-NN; None: those that it learns from
     snapshots: int = 0, # copies of the encoders to keep on the way, see `weights.snapshots`
 ) -> dict: # the summary, also in summary.json
     "Train, evaluate, log and save: a run from start to end, or from where it was interrupted. `Interrupted` after SIGINT or SIGTERM."
@@ -115,7 +116,7 @@ def fit(recipe: Recipe, # what to run
     return _finish(run, model, recipe, train_set, place, seed, total, seconds)
 
 # %% ../nbs/09a_fit.ipynb #begin
-def _begin(run: Run, recipe: Recipe, train_set: Pictures, seed: int, place: torch.device):
+def _begin(run: Run, recipe: Recipe, train_set: Pictures | Streamed, seed: int, place: torch.device):
     "A fresh method and optimiser, or those of the run's last checkpoint; steps and seconds already done."
     seed_everything(seed)
     model = method(recipe, steps_per_epoch(recipe, len(train_set))).to(place)
@@ -140,7 +141,7 @@ def _begin(run: Run, recipe: Recipe, train_set: Pictures, seed: int, place: torc
     return model, opt, step, seconds
 
 # %% ../nbs/09a_fit.ipynb #compile
-def _compile(model: nn.Module, place: torch.device) -> None:
+def _compile(model: Learner, place: torch.device) -> None:
     "Compile both encoders, one graph for each size of view; a warning where there is no compiler."
     try:
         with torch._dynamo.config.patch(suppress_errors=False):   # a trial of seconds
@@ -170,11 +171,12 @@ def _keep_best(run: Run, step: int) -> None:
         keep(run.checkpoint, "best.pt")
 
 # %% ../nbs/09a_fit.ipynb #judge
-def _judge(model: nn.Module, train_set: Pictures, gallery: Pictures, val_set: Pictures | None, recipe: Recipe, place: torch.device):
+def _judge(model: Learner, train_set: Pictures | Streamed, gallery: Pictures | Streamed, val_set: Pictures | Streamed | None,
+           recipe: Recipe, place: torch.device):
     "A function that scores teacher and student as far as labels and masks allow, and looks for a collapse of the features."
     some = train_set.subset(torch.arange(min(len(train_set), 1024)))
     def judge(linear: bool = False) -> dict[str, float]:
-        metrics = {}
+        metrics: dict[str, float] = {}
         if _labelled(val_set):
             metrics |= score(model.encoders(), gallery, val_set, recipe.global_size, place, linear=linear)
         if val_set is not None and val_set.masks is not None and recipe.encoder in SIZES:
@@ -191,12 +193,12 @@ def _untrained(metrics: dict[str, float]) -> dict[str, float]:
     return {names[name]: value for name, value in metrics.items() if name in names}
 
 
-def _pixels(train_set: Pictures, val_set: Pictures | None) -> dict[str, float]:
+def _pixels(train_set: Pictures | Streamed, val_set: Pictures | Streamed | None) -> dict[str, float]:
     "k-NN on the pictures themselves, where there are labels."
     return dict(knn_pixels=pixel_knn(train_set, val_set)) if _labelled(val_set) else {}
 
 
-def _labelled(pictures: Pictures | None) -> bool:
+def _labelled(pictures: Pictures | Streamed | None) -> bool:
     "Can one score on these? One class alone cannot be told from anything."
     return pictures is not None and pictures.labels is not None and len(pictures.labels.unique()) > 1
 
@@ -207,7 +209,7 @@ def _words(lines: list[dict]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.1f} %" for name, value in shares.items())
 
 # %% ../nbs/09a_fit.ipynb #finish
-def _finish(run: Run, model: nn.Module, recipe: Recipe, train_set: Pictures, place: torch.device, seed: int, total: int, seconds: float) -> dict:
+def _finish(run: Run, model: Learner, recipe: Recipe, train_set: Pictures | Streamed, place: torch.device, seed: int, total: int, seconds: float) -> dict:
     "Write encoder, summary and curves."
     device = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     summary = dict(

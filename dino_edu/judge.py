@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .attention import as_vit
 from .copies import KINDS, copy_detection, make_copies, plot_firsts, plot_kinds
 from .core import permutation
 from .data import Pictures
@@ -23,6 +24,7 @@ from .probe import block_features, linear_cached, low_shot, plot_sweep, stratifi
 from .retrieve import chance, plot_ranking, rank_all, rank_classes
 from .score import knn_sweep, neighbours, pixels, votes
 from .segment import davis, fresh, interval, plot_segment, scenes_of, segment
+from .stream import Streamed
 from .video import follow, show_following, video_segmentation, videos
 from .weights import RELEASED, Found
 
@@ -32,8 +34,8 @@ class Task:
 
     def __init__(self,
         found: Found, # the trained network, as from `weights.find_encoder`
-        train: Pictures, # labelled
-        val: Pictures, # labelled, to score on
+        train: Pictures | Streamed, # labelled
+        val: Pictures | Streamed, # labelled, to score on
         device: torch.device | str = "cpu", # where the networks work
         inits: int = 3, # untrained networks beside it
         seed: int = 0, # of splits, draws and copies
@@ -46,13 +48,14 @@ class Task:
                 raise ValueError(f"{pictures.name if pictures else 'this set'!r} has no labels: there is nothing to score against")
         self.recipe, self.size, self.device, self.seed, self.davis = found.recipe, found.recipe.global_size, device, seed, davis
         self.nets = dict(trained=[found.net.to(device)], untrained=[net.to(device) for net in fresh(found.recipe, range(inits))])
-        self.train, self.val, self.kept, self.speed = train, val, {}, 0.0
+        self.train, self.val, self.speed = train, val, 0.0
+        self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def blocks(self) -> int:
         "How many of the last blocks are read: four, as the paper does with ViT-S, or as many as there are."
         net = self.nets["trained"][0]
-        return min(4, len(net.blocks)) if hasattr(net, "layers") else 1
+        return min(4, len(as_vit(net, "layers").blocks)) if hasattr(net, "layers") else 1
 
     def features(self,
         name: str, # of the networks
@@ -60,12 +63,13 @@ class Task:
     ) -> list[tuple[Tensor, Tensor]]: # of each network: features of train `[N, D]`, and of val `[M, D]`
         "What the networks of a name make of the pictures."
         if name not in self.kept:
-            self.kept[name] = [tuple(self._embed(net, pictures) for pictures in (self.train, self.val)) for net in self.nets[name]]
+            self.kept[name] = [(self._embed(net, self.train), self._embed(net, self.val)) for net in self.nets[name]]
         if all_blocks:
             return self.kept[name]
-        return [tuple(z[:, -(z.shape[1] // self.blocks):] for z in pair) for pair in self.kept[name]]
+        one = -(self.kept[name][0][0].shape[1] // self.blocks)
+        return [(z[:, one:], q[:, one:]) for z, q in self.kept[name]]
 
-    def _embed(self, net: nn.Module, pictures: Pictures) -> Tensor:
+    def _embed(self, net: nn.Module, pictures: Pictures | Streamed) -> Tensor:
         "Embed, and note how fast that went."
         began = time.perf_counter()
         found = block_features(net, pictures, self.size, self.blocks, device=self.device).to(self.device)
@@ -88,7 +92,8 @@ def compare(values: Mapping[str, Tensor], # percent, of every picture, query or 
     groups: Sequence | None = None, # what belongs together, see `segment.interval`; None: each is its own
 ) -> tuple[list[dict], dict]: # rows of a table, and the same as metrics
     "Means with intervals, and the first less each other, paired."
-    first, rows, metrics = next(iter(values)), [], {}
+    first, rows = next(iter(values)), []
+    metrics: dict[str, Any] = {}
     for name, value in values.items():
         mean, less = interval(value, groups), interval(values[first] - value, groups)
         told = "" if name == first else f"{less} {_word(less.low, less.high)}"
@@ -127,8 +132,8 @@ def _judge_knn(task: Task) -> Section:
     return Section(said, rows, metrics, figures)
 
 # %% ../nbs/17b_judge.ipynb #knn-figures
-def plot_neighbours(queries: Pictures, # labelled
-    gallery: Pictures, # labelled
+def plot_neighbours(queries: Pictures | Streamed, # labelled
+    gallery: Pictures | Streamed, # labelled
     index: Tensor, # rows of the gallery, best first, `[M, 5 or more]`
     n: int = 6, # queries to show: the first of n classes
 ): # a matplotlib Figure
@@ -187,7 +192,8 @@ def _judge_linear(task: Task) -> Section:
 
 def _judge_low_shot(task: Task) -> Section:
     "Logistic regression with few labels."
-    rows, metrics, counts = [], {}, []
+    rows, counts = [], []
+    metrics: dict[str, Any] = {}
     for share in _shares(task):
         found = {name: [low_shot((z, task.train.labels), (q, task.val.labels), share, decays=(0.01, 0.1, 1.0), folds=2, seed=task.seed) for z, q in task.features(name)] for name in task.nets}
         scores = {name: torch.tensor([low.accuracies for low in each], dtype=torch.float64).mean(0) for name, each in found.items()}
@@ -241,9 +247,9 @@ def _judge_copies(task: Task) -> Section:
 
 def _judge_attention(task: Task) -> Section:
     "Where the class token looks, against true masks."
-    net = task.nets["trained"][0]
-    scenes = davis(task.davis, task.size, net.patch_size) if task.davis else scenes_of(task.val, task.size, net.patch_size)
-    found = segment(task.nets, scenes, net.patch_size)
+    patch_size = as_vit(task.nets["trained"][0]).patch_size
+    scenes = davis(task.davis, task.size, patch_size) if task.davis else scenes_of(task.val, task.size, patch_size)
+    found = segment(task.nets, scenes, patch_size)
     m, rows = found["metrics"], []
     for name in ("trained", "untrained", "gaussian", "area"):
         told = "" if name == "trained" else _told(m, f"less_{name}")
@@ -315,7 +321,7 @@ def choose_protocols(names: Sequence[str], # of `PROTOCOLS`, or `all`
 
 # %% ../nbs/17b_judge.ipynb #leak
 def seen_before(weights: str, # name or path of the network
-    val: Pictures, # to score on
+    val: Pictures | Streamed, # to score on
 ) -> str: # a warning, or nothing
     "Whether weights that learnt from ImageNet are scored on its training pictures, by the names of the files."
     names = [Path(path).name for path in val.paths]

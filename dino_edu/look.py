@@ -26,13 +26,13 @@ class Attention:
 
     def __call__(self) -> None:
         "Write a figure of all heads, and each head, overlay and mask as pictures of their own."
-        from dino_edu.attention import attention_maps, crop_to_patches, write_attention
+        from dino_edu.attention import as_vit, attention_maps, crop_to_patches, write_attention
         from dino_edu.data import decode
         from dino_edu.weights import find_encoder
         net, recipe, loaded = find_encoder(self.weights)
         image = decode(self.picture, self.size or recipe.global_size, recipe.in_chans)
         maps = attention_maps(net, image, self.layer)
-        for path in write_attention(self.out, crop_to_patches(image, net.patch_size), maps, self.mass):
+        for path in write_attention(self.out, crop_to_patches(image, as_vit(net).patch_size), maps, self.mass):
             print(f"written: {path}")
         print(loaded)
 

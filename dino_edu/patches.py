@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import attention_maps, crop_to_patches, cut_out, enlarge, mass_mask
 from .augment import normalize
+from .vit import ViT
 
 # %% ../nbs/04a_patches.ipynb #patch-features
 @torch.no_grad()
-def patch_features(encoder: nn.Module, # one of our vision transformers
+def patch_features(encoder: ViT, # one of our vision transformers
     image: Tensor, # one picture, `[C, H, W]`: uint8, or normalised floats
     layer: int = -1, # which block; negative counts from the last
 ) -> Tensor: # `[h, w, D]`, on the CPU
@@ -45,7 +46,7 @@ def similarity(features: Tensor, # of patches, `[h, w, D]`
 
 # %% ../nbs/04a_patches.ipynb #show-similarity
 def show_similarity(image: Tensor, # uint8 `[C, H, W]`
-    encoder: nn.Module, # one of our vision transformers
+    encoder: ViT, # one of our vision transformers
     patches: Sequence[tuple[int, int]], # row and column of each reference patch
     layer: int = -1, # which block
     others: Sequence[Tensor] = (), # more pictures, searched for the same patches
@@ -59,10 +60,10 @@ def show_similarity(image: Tensor, # uint8 `[C, H, W]`
     rows, columns, aspect = len(maps), 1 + len(patches), max(f.shape[0] / f.shape[1] for f in features)
     fig = Figure(figsize=(1.7 * columns + 0.9, 1.7 * aspect * rows + 0.3), dpi=64, facecolor="white", layout="constrained")
     grid = fig.subplots(rows, columns, squeeze=False)
-    for axes, each, row in zip(grid, (image, *others), maps):
+    for axes, each, found in zip(grid, (image, *others), maps):
         axes[0].imshow(_whole(each, encoder))
-        for ax, found in zip(axes[1:], row):
-            drawn = ax.imshow(found.numpy(), vmin=lowest, vmax=1)
+        for ax, likeness in zip(axes[1:], found):
+            drawn = ax.imshow(likeness.numpy(), vmin=lowest, vmax=1)
     for letter, ax, (row, column) in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", grid[0, 1:], patches):
         ax.set_title(f"like patch {letter}", fontsize=10)
         _mark(ax, letter, column, row)
@@ -84,7 +85,7 @@ def _check(patches: Sequence[tuple[int, int]], features: Tensor) -> None:
             raise ValueError(f"no patch at row {row}, column {column}: the picture has {height} rows and {width} columns of patches")
 
 
-def _whole(image: Tensor, encoder: nn.Module) -> np.ndarray:
+def _whole(image: Tensor, encoder: ViT) -> np.ndarray:
     "What the encoder reads of a uint8 picture, as matplotlib wants it."
     return crop_to_patches(image, encoder.patch_size).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
@@ -132,7 +133,7 @@ def foreground(features: Sequence[Tensor] # `[h, w, D]` of each picture
 
 # %% ../nbs/04a_patches.ipynb #show-pca
 def show_pca(images: Sequence[Tensor], # uint8 `[C, H, W]` each, of any sizes
-    encoder: nn.Module, # one of our vision transformers
+    encoder: ViT, # one of our vision transformers
     layer: int = -1, # which block
     keep: str | None = None, # only the foreground: by the first `component`, or by the `attention` of the class token
     mass: float = 0.6, # share of the attention that the foreground keeps
@@ -178,7 +179,7 @@ def bounding_box(mask: Tensor # bool `[H, W]`
 
 # %% ../nbs/04a_patches.ipynb #show-object
 def show_object(image: Tensor, # uint8 `[C, H, W]`
-    encoder: nn.Module, # one of our vision transformers
+    encoder: ViT, # one of our vision transformers
     mass: float = 0.6, # share of the attention that the mask keeps
     head: int | None = None, # whose attention, from 0; None: the mean over heads
     layer: int = -1, # which block
@@ -205,7 +206,7 @@ def show_object(image: Tensor, # uint8 `[C, H, W]`
     return fig
 
 
-def _object(encoder: nn.Module, image: Tensor, mass: float, head: int | None, layer: int) -> tuple[Tensor, Tensor]:
+def _object(encoder: ViT, image: Tensor, mass: float, head: int | None, layer: int) -> tuple[Tensor, Tensor]:
     "The largest part of the attention's mask, and the mask, in pixels of what the encoder reads."
     maps = attention_maps(encoder, image, layer)
     if head is not None and not 0 <= head < len(maps):

@@ -9,16 +9,19 @@ __all__ = ['MULTIPLES', 'Labelled', 'DECAYS', 'Blocks', 'block_features', 'rando
 # %% ../nbs/08h_probe.ipynb #imports
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import as_vit
 from .augment import normalize, random_boxes, resample
 from .core import cosine, full_precision, keys, permutation, uniform
 from .data import Pictures
 from .score import check_features, features, knn, linear_probe
 from .segment import Interval, interval
+from .stream import Streamed
 
 # %% ../nbs/08h_probe.ipynb #blocks
 class Blocks(nn.Module):
@@ -38,13 +41,13 @@ class Blocks(nn.Module):
         "The features of a batch; ValueError if there are fewer than n blocks."
         if self.n == 1 and not self.patches:
             return self.encoder(x)
-        layers = self.encoder.layers(x, self.n)
+        layers = as_vit(self.encoder, "layers").layers(x, self.n)
         found = [tokens[:, 0] for tokens in layers]
         return torch.cat([*found, layers[-1][:, 1:].mean(1)] if self.patches else found, 1)
 
 # %% ../nbs/08h_probe.ipynb #block-features
 def block_features(encoder: nn.Module, # as in `Blocks`
-    pictures: Pictures, # what to embed
+    pictures: Pictures | Streamed, # what to embed
     size: int, # side of the centre crop in pixels
     n: int = 4, # how many of the last blocks
     patches: bool = False, # also the mean of the last block's patch tokens
@@ -247,8 +250,8 @@ def linear_sweep(encoder: nn.Module, # frozen; as in `Blocks`
     "The paper's linear protocol (section 4.1): random crops, frozen encoder, SGD, cosine; all rates at once. ValueError if it would say nothing."
     net, rates = Blocks(encoder, n, patches), rates or [m * base_rate(batch) for m in MULTIPLES]
     classes = _classes(train.labels, held.labels, val.labels)
-    found = [(features(net, pictures, size, device), pictures.labels) for pictures in (held, val)]
-    check_features(*found[0], *found[1])
+    kept, asked = ((features(net, pictures, size, device), pictures.labels) for pictures in (held, val))
+    check_features(*kept, *asked)
 
     def batches(epoch: int) -> Iterable[Labelled]:
         for index in permutation(len(train), seed, epoch).split(batch):
@@ -256,7 +259,7 @@ def linear_sweep(encoder: nn.Module, # frozen; as in `Blocks`
             view = lambda images, sizes, where, chance=chance: random_view(images, sizes, chance[where], size)   # noqa: E731
             yield features(net, train.subset(index), size, device, view=view), train.labels[index]
 
-    return _sweep("linear", batches, classes, *found, rates, epochs, seed, device)
+    return _sweep("linear", batches, classes, kept, asked, rates, epochs, seed, device)
 
 # %% ../nbs/08h_probe.ipynb #choose-decay
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # strengths of the penalty, as in `score.linear_probe`
@@ -339,7 +342,7 @@ def probe(encoder: nn.Module, # frozen; as in `Blocks`
     else:
         sweep = linear_cached((z[~aside], train.labels[~aside]), (z[aside], train.labels[aside]), (asked, val.labels), epochs, batch, rates, seed)
     one = slice((n - 1) * z.shape[1] // width, n * z.shape[1] // width)   # the last class token
-    metrics = dict(knn=knn(z[:, one], train.labels, asked[:, one], val.labels, [20])[20][0]) | sweep.metrics()
+    metrics: dict[str, Any] = dict(knn=knn(z[:, one], train.labels, asked[:, one], val.labels, [20])[20][0]) | sweep.metrics()
     for share in shares:
         low, name = low_shot((z[:, one], train.labels), (asked[:, one], val.labels), share, draws, decays, folds, seed), f"low_shot_{100 * share:g}"
         metrics |= {name: low.interval.mean, f"{name}_interval": [low.interval.low, low.interval.high], f"{name}_labels": low.pictures}

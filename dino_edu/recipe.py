@@ -14,12 +14,10 @@ from difflib import get_close_matches
 from pkgutil import resolve_name
 from typing import Any, Literal
 
-from torch import nn
-
 from .augment import MultiCrop
-from .loss import Centering, CrossEntropy, Cosine, InfoNCE, Sinkhorn
-from .methods import DINOHead, Siamese, Supervised, mlp
-from .vit import SIZES, backbone
+from .loss import Centering, CrossEntropy, Cosine, InfoNCE, Loss, Sinkhorn
+from .methods import DINOHead, Learner, Siamese, Supervised, mlp
+from .vit import SIZES, Timm, ViT, backbone
 
 # %% ../nbs/08a_recipe.ipynb #recipe
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def augmentation(recipe: Recipe) -> MultiCrop:
     return MultiCrop(**{field.name: getattr(recipe, field.name) for field in fields(MultiCrop)})
 
 
-def encoder(recipe: Recipe) -> nn.Module:
+def encoder(recipe: Recipe) -> ViT | Timm:
     "The untrained encoder that a recipe describes."
     if recipe.encoder not in SIZES:
         return backbone(recipe.encoder, in_chans=recipe.in_chans)
@@ -147,7 +145,7 @@ def encoder(recipe: Recipe) -> nn.Module:
                     stem=recipe.stem, mlp_ratio=recipe.mlp_ratio, drop_path=recipe.drop_path, init_std=recipe.init_std)
 
 # %% ../nbs/08a_recipe.ipynb #criterion
-def criterion(recipe: Recipe) -> nn.Module:
+def criterion(recipe: Recipe) -> Loss:
     "The loss that a recipe describes."
     targets = _choose("targets", recipe.targets, dict(
         centering=lambda: Centering(recipe.out_dim if recipe.head == "prototypes" else recipe.bottleneck, recipe.center_momentum),
@@ -178,7 +176,7 @@ LATER = dict(  # methods of later chapters by their loss, found when they are as
 
 def method(recipe: Recipe, # what to build
     steps_per_epoch: int = 1, # refreshes a `previous_epoch` teacher when the recipe does not say
-) -> nn.Module: # with the two verbs of `methods.Method`
+) -> Learner: # with the two verbs of `methods.Method`
     "Student, teacher and loss as the recipe describes them, with fresh weights (seed first)."
     net = encoder(recipe)
     if recipe.loss in LATER:

@@ -10,6 +10,7 @@ import html
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from .checkpoint import write_atomically
@@ -160,9 +161,9 @@ def write_report(out: Path, # folder, made if it is not there
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, section in sections.items():
         for title, figure in section.figures.items() if name not in drawn else ():
-            write_atomically(out / "figures" / f"{name}_{title}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=110))
+            write_atomically(out / "figures" / f"{name}_{title}.png", partial(figure.savefig, format="png", dpi=110))
     found = {name: dict(seconds=round(section.seconds, 1), said=section.said, **section.metrics) for name, section in sections.items()}
     pages = {"report.json": json.dumps(dict(facts=dict(facts), warnings=list(warnings), protocols=found), indent=1),
              "report.md": _as_markdown(facts, sections, warnings), "index.html": _as_html(facts, sections, warnings)}
     for name, page in pages.items():
-        write_atomically(out / name, lambda path, page=page: path.write_text(page, encoding="utf-8"))
+        write_atomically(out / name, partial(Path.write_text, data=page, encoding="utf-8"))

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from .data import Pictures
 from .files import decode
 from .score import features, neighbours
 from .segment import interval
+from .stream import Streamed
 
 # %% ../nbs/14_retrieve.ipynb #ap
 RULES = ("trapezoid", "step")
@@ -103,7 +105,8 @@ class Truth:
         setup: str, # easy, medium or hard
     ) -> tuple[Tensor, Tensor]: # right answers and junk, int64
         "What is right and what is left out for one query in one setup."
-        return tuple(torch.cat([self.lists[query][name] for name in names]) for names in SETUPS[setup])
+        right, junk = (torch.cat([self.lists[query][name] for name in names]) for names in SETUPS[setup])
+        return right, junk
 
 # %% ../nbs/14_retrieve.ipynb #read-truth
 def read_truth(path: Path | str) -> Truth: # gnd_roxford5k.json or gnd_rparis6k.json, with imlist, qimlist and gnd as in the published pickle
@@ -130,10 +133,11 @@ def score_places(rankings: Tensor, # rows of `truth.images` for every query, bes
     ks: Sequence[int] = (1, 5, 10), # lengths of the first page
 ) -> dict: # `metrics` in percent: map_SETUP, p1_SETUP, ..., chance_SETUP, and `ap` in percent by setup, `[Q]`, NaN without a right answer
     "mAP and mP@k of the Easy, Medium and Hard setups (Radenovic et al. 2018). ValueError if a ranking is none of all images."
-    shape = len(truth.queries), len(truth.images)
-    if rankings.shape != shape or not (rankings.sort(1).values == torch.arange(shape[1])).all():
-        raise ValueError(f"rankings must be {shape[0]} orders of all {shape[1]} images, not {list(rankings.shape)}")
-    metrics, ap = {}, {}
+    queries, images = len(truth.queries), len(truth.images)
+    if rankings.shape != (queries, images) or not (rankings.sort(1).values == torch.arange(images)).all():
+        raise ValueError(f"rankings must be {queries} orders of all {images} images, not {list(rankings.shape)}")
+    metrics: dict[str, float] = {}
+    ap: dict[str, Tensor] = {}
     for setup in SETUPS:
         rows = [_score_place(ranking, *truth.select(q, setup), ks) for q, ranking in enumerate(rankings)]
         ap[setup], by_chance, *precisions = 100 * torch.tensor(rows, dtype=torch.float64).T
@@ -258,8 +262,8 @@ def rank_classes(query: Tensor, # features of the queries, `[M, D]`
 
 # %% ../nbs/14_retrieve.ipynb #retrieval
 def retrieval(nets: Mapping[str, Sequence[nn.Module]], # by name; of several networks of one name the mean. The first is the one in question
-    train: Pictures, # the database, labelled
-    val: Pictures, # the queries, labelled
+    train: Pictures | Streamed, # the database, labelled
+    val: Pictures | Streamed, # the queries, labelled
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the networks are
     ks: Sequence[int] = (1, 5, 10), # lengths of the first page
@@ -269,7 +273,8 @@ def retrieval(nets: Mapping[str, Sequence[nn.Module]], # by name; of several net
         if pictures.labels is None:
             raise ValueError(f"{pictures.name or 'this set'!r} has no labels, so no answer is right: retrieval needs them on both sides")
     counts = train.labels.bincount(minlength=int(val.labels.max()) + 1)
-    metrics, ap = dict(queries=len(val), database=len(train)), {}
+    metrics: dict[str, Any] = dict(queries=len(val), database=len(train))
+    ap: dict[str, Tensor] = {}
     for name, several in nets.items():
         scores = [rank_classes(*_described(net, val, size, device), *_described(net, train, size, device), ks) for net in several]
         ap[name], *precisions = 100 * torch.stack(scores).mean(0).T
@@ -282,7 +287,7 @@ def retrieval(nets: Mapping[str, Sequence[nn.Module]], # by name; of several net
     return dict(metrics=metrics, ap=ap)
 
 
-def _described(net: nn.Module, pictures: Pictures, size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _described(net: nn.Module, pictures: Pictures | Streamed, size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     "Features and labels, on the CPU."
     return features(net, pictures, size, device), pictures.labels
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from .augment import center_crop
 from .core import full_precision, gather_rows, rank, world_size
 from .data import Pictures
+from .stream import Streamed
 
 # %% ../nbs/08_score.ipynb #torch-no-grad
 @torch.no_grad()
 def features(encoder: nn.Module, # `[B, C, size, size]` -> `[B, D]`
-    pictures: Pictures, # what to embed
+    pictures: Pictures | Streamed, # what to embed
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the encoder is
     batch: int = 256, # pictures at a time
@@ -186,15 +187,15 @@ def leave_one_out(z: Tensor, # features of a set, `[N, D]`
     return _tally(similarity, labels[index], labels, ks, temperatures)
 
 # %% ../nbs/08_score.ipynb #def-pixels-pictures-pictures-what-to-emb
-def pixels(pictures: Pictures, # what to embed
+def pixels(pictures: Pictures | Streamed, # what to embed
     size: int, # side of the shrunken picture in pixels
 ) -> Tensor: # float32 `[N, C size size]`
     "The embedding that anybody has: the picture itself, its centre shrunk to `size` x `size`."
     return features(nn.Flatten(), pictures, size)
 
 # %% ../nbs/08_score.ipynb #def-pixel-knn-train-pictures-labelled-pi
-def pixel_knn(train: Pictures, # labelled pictures
-    val: Pictures, # pictures to classify, labelled
+def pixel_knn(train: Pictures | Streamed, # labelled pictures
+    val: Pictures | Streamed, # pictures to classify, labelled
     sides: Sequence[int] = (8, 16, 32), # sizes to try, in pixels
 ) -> float: # top-1 in percent at the best size
     "What k-NN (k = 20, T = .07) makes of the pictures themselves: the rival that every encoder has to beat."
@@ -247,8 +248,8 @@ def linear_probe(train: Tensor, # features of the labelled pictures, `[N, D]`; t
 
 # %% ../nbs/08_score.ipynb #def-score-encoders-mapping-str-nn-module
 def score(encoders: Mapping[str, nn.Module], # what to judge by name: `teacher`, `student`
-    train: Pictures, # labelled pictures
-    val: Pictures, # pictures to classify, labelled
+    train: Pictures | Streamed, # labelled pictures
+    val: Pictures | Streamed, # pictures to classify, labelled
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the encoders are
     linear: bool = False, # also the linear probe of the teacher

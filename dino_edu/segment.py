@@ -9,19 +9,21 @@ __all__ = ['SWEEP', 'SIGMAS', 'Scene', 'scene', 'scenes_of', 'davis_pairs', 'dav
 
 # %% ../nbs/08e_segment.ipynb #imports
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import MASSES, attention_maps, centred_gaussian, crop_to_patches, jaccard_table
+from .attention import MASSES, as_vit, attention_maps, centred_gaussian, crop_to_patches, jaccard_table
 from .core import pick_device, seed_everything
 from .data import Pictures, load
 from .files import decode, opened
 from .recipe import Recipe, encoder
+from .stream import Streamed
 
 # %% ../nbs/08e_segment.ipynb #scene
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def scene(image: Tensor, # uint8 `[C, h, w]`
     return Scene(image, shares[kept], group, name)
 
 # %% ../nbs/08e_segment.ipynb #scenes-of
-def scenes_of(pictures: Pictures, # with masks
+def scenes_of(pictures: Pictures | Streamed, # with masks
     size: int, # wanted shorter side in pixels
     patch_size: int, # side of a patch in pixels
 ) -> list[Scene]:
@@ -66,7 +68,7 @@ def scenes_of(pictures: Pictures, # with masks
 # %% ../nbs/08e_segment.ipynb #davis
 def davis_pairs(path: Path | str, # folder or archive in the layout of DAVIS
     frames: str | None, # list, ImageSets/<frames>.txt, of frames or of whole sequences; None takes every frame that has a mask
-) -> Iterator[tuple[str, object, object]]: # `sequence/frame`, and what `decode` reads: its picture and its mask
+) -> Iterator[tuple[str, Path | IO[bytes], Path | IO[bytes]]]: # `sequence/frame`, and what `decode` reads: its picture and its mask
     "The listed frames of DAVIS in the order of the list; FileNotFoundError or ValueError says what is missing."
     path = Path(path).expanduser()
     if not path.exists():
@@ -110,8 +112,8 @@ def davis(path: Path | str, # as in `davis_pairs`
 ) -> list[Scene]: # frames of a sequence are one group
     "Frames and masks of DAVIS. Frames without an object are left out; ValueError if none is left, and the errors of `davis_pairs`."
     found = []
-    for frame, image, mask in davis_pairs(path, frames):
-        image, mask = decode(image), decode(mask, channels=1) > 0
+    for frame, picture, outline in davis_pairs(path, frames):
+        image, mask = decode(picture), decode(outline, channels=1) > 0
         if mask.any():
             found.append(scene(image, mask, size, patch_size, frame.split("/")[0], frame))
     if not found:
@@ -166,8 +168,8 @@ def blob(scenes: Sequence[Scene], # what not to look at
     "What `look` gives for a centred Gaussian, its widths in the place of heads."
     rows = []
     for s in scenes:
-        grid = [side // patch_size for side in s.image.shape[-2:]]
-        maps = torch.cat([centred_gaussian(*grid, sigma) for sigma in SIGMAS])
+        height, width = (side // patch_size for side in s.image.shape[-2:])
+        maps = torch.cat([centred_gaussian(height, width, sigma) for sigma in SIGMAS])
         rows.append(jaccard_table(maps[None].expand(len(s.masks), -1, -1, -1), s.masks, masses))
     return torch.cat(rows, 1).transpose(0, 1)
 
@@ -178,7 +180,7 @@ def area(scenes: Iterable[Scene]) -> Tensor: # in 0..1, `[objects]`
 
 # %% ../nbs/08e_segment.ipynb #crossfit
 def group_means(values: Tensor, # of every object, `[N, ...]`
-    groups: Sequence[str], # of every object
+    groups: Sequence[Hashable], # of every object
 ) -> Tensor: # `[G, ...]`, groups in the order of their first object
     "The mean of each group: a video counts as much as another, however many frames it has."
     which = _numbers(groups)
@@ -186,7 +188,7 @@ def group_means(values: Tensor, # of every object, `[N, ...]`
     return sums / which.bincount().view(-1, *[1] * (values.ndim - 1))
 
 
-def _numbers(groups: Sequence[str]) -> Tensor:
+def _numbers(groups: Sequence[Hashable]) -> Tensor:
     "Each group's number, int64 `[N]`."
     order = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return torch.tensor([order[group] for group in groups])
@@ -220,7 +222,7 @@ class Interval:
 
 
 def interval(values: Tensor, # of every object, `[N]`
-    groups: Sequence[str] | None = None, # of every object; None: each is its own
+    groups: Sequence[Hashable] | None = None, # of every object; None: each is its own
     level: float = 0.95, # how often such an interval holds the truth
 ) -> Interval:
     "Mean and t-interval over groups. ValueError if there is nothing."
@@ -243,8 +245,8 @@ def segment(nets: Mapping[str, Sequence[nn.Module]], # by name; of several netwo
     tables = {name: [look(net, scenes) for net in several] for name, several in nets.items()} | dict(gaussian=[blob(scenes, patch_size)])
     scores = {name: _average(crossfit(t.flatten(1), groups, folds)[0] for t in several) for name, several in tables.items()}
     first, scores["area"] = next(iter(nets)), area(scenes)
-    metrics = dict(objects=len(groups), groups=len(set(groups)), choices=_choices(tables[first][0], groups, folds))
-    curves = dict(masses=list(SWEEP), area=[_triple(scores["area"], groups)] * len(SWEEP))
+    metrics: dict[str, Any] = dict(objects=len(groups), groups=len(set(groups)), choices=_choices(tables[first][0], groups, folds))
+    curves: dict[str, Any] = dict(masses=list(SWEEP), area=[_triple(scores["area"], groups)] * len(SWEEP))
     for name, values in scores.items():
         metrics |= _named(f"jaccard_{name}", interval(100 * values, groups))
         if name != first:
@@ -283,7 +285,7 @@ def fresh(recipe: Recipe, # whose encoder
     seeds: Iterable[int], # one for each
 ) -> list[nn.Module]: # in evaluation mode
     "Untrained encoders of the same architecture."
-    found = []
+    found: list[nn.Module] = []
     for seed in seeds:
         seed_everything(seed)
         found.append(encoder(recipe).eval())
@@ -335,11 +337,12 @@ def measure(net: nn.Module, # a trained vision transformer
     place, began, size = pick_device(device), time.monotonic(), size or recipe.global_size
     if not hasattr(net, "patch_size"):
         raise ValueError(f"{recipe.encoder} shows no attention: take a vision transformer of dino_edu.vit")
-    scenes, name = read_scenes(source, size, net.patch_size, seed)
+    patch_size = as_vit(net).patch_size
+    scenes, name = read_scenes(source, size, patch_size, seed)
     nets = dict(trained=[net.to(place)], untrained=[other.to(place) for other in fresh(recipe, range(inits))])
     seconds = time.monotonic() - began
     return dict(seed=seed, recipe=asdict(recipe), data=name, device=place.type, seconds=round(seconds, 1), images_per_second=None,
-                size=size, **segment(nets, scenes, net.patch_size))
+                size=size, **segment(nets, scenes, patch_size))
 
 # %% ../nbs/08e_segment.ipynb #markdown
 def segment_markdown(lines: Iterable[dict], # of rows.jsonl, table segment

@@ -7,10 +7,11 @@ __all__ = ['steps_per_epoch', 'total_steps', 'batches', 'optimizer', 'set_schedu
            'halves', 'autocast', 'report']
 
 # %% ../nbs/09_train.ipynb #imports
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any, Protocol
 
 import torch
 from timm.optim import Lars
@@ -21,12 +22,30 @@ from torch.nn.parallel import DistributedDataParallel
 from .augment import Views
 from .core import BatchNorm, cosine, distributed, keys, multiplies_bf16, permutation, rank, warmup_cosine, world_size
 from .data import Pictures
+from .loss import CrossEntropy
+from .methods import Learner
 from .recipe import Recipe, augmentation
-from .stream import prefetched
+from .stream import Streamed, prefetched
 from .vit import Timm
 
 # %% ../nbs/09_train.ipynb #length
-def steps_per_epoch(recipe: Recipe, # its batch
+class _Length(Protocol):
+    "What says how long a run is: a recipe, or a later chapter's own."
+
+    @property
+    def batch(self) -> int:
+        "Pictures a step."
+
+    @property
+    def epochs(self) -> float:
+        "How often every picture is seen."
+
+    @property
+    def steps(self) -> int | None:
+        "Length in steps, which overrides `epochs`."
+
+
+def steps_per_epoch(recipe: _Length, # its batch
     n: int, # pictures
 ) -> int:
     "Whole batches in `n` pictures; ValueError if there is not even one."
@@ -35,24 +54,25 @@ def steps_per_epoch(recipe: Recipe, # its batch
     return n // recipe.batch
 
 
-def total_steps(recipe: Recipe, # its steps, or its epochs
+def total_steps(recipe: _Length, # its steps, or its epochs
     n: int, # pictures
 ) -> int:
     "Length of a run on `n` pictures in steps."
     return recipe.steps or max(1, round(recipe.epochs * steps_per_epoch(recipe, n)))
 
 # %% ../nbs/09_train.ipynb #batches
-def batches(pictures: Pictures, # what to learn from
+def batches(pictures: Pictures | Streamed, # what to learn from
     recipe: Recipe, # batch and views
     seed: int = 0, # of the run
     device: torch.device | str = "cpu", # where the views are made
     start: int = 0, # steps already done
     workers: int = 0, # processes that fetch pictures ahead; worth it when these are decoded on the way
-) -> Iterator[Views]:
+) -> Generator[Views, None, None]:
     "Endless batches of views. Order and crops depend on seed, epoch and picture only; each rank takes its share of every batch."
     augment, per_epoch, device = augmentation(recipe), steps_per_epoch(recipe, len(pictures)), torch.device(device)
-    plan, held = _plan(len(pictures), recipe, seed, start), _held(pictures, device)
-    if held is not None:
+    plan = _plan(len(pictures), recipe, seed, start)
+    fetched: Iterator[tuple[Tensor, Tensor, Tensor]]
+    if isinstance(pictures, Pictures) and (held := _held(pictures, device)) is not None:
         fetched = ((held[index.to(device)], pictures.sizes[index], index) for index in plan)
     else:
         fetched = prefetched(pictures, plan, workers, pin=device.type == "cuda")
@@ -89,7 +109,7 @@ def optimizer(net: nn.Module, # what learns; parameters without gradient are lef
 ) -> torch.optim.Optimizer:
     "Two parameter groups: weights, which decay, and biases and other vectors, which do not."
     learning = [p for p in net.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         dict(params=[p for p in learning if p.ndim > 1]),
         dict(params=[p for p in learning if p.ndim <= 1], weight_decay=0.0),
     ]
@@ -138,7 +158,7 @@ class Step:
     gradient_norm: Tensor  # of the whole gradient, before clipping
 
 # %% ../nbs/09_train.ipynb #train
-def train(method: nn.Module, # `forward(views, t)` and `after_step(t)`
+def train(method: Learner, # `forward(views, t)` and `after_step(t)`
     batches: Iterable[Views], # from the step where the run stands; of several ranks, each has its share
     recipe: Recipe, # the schedules
     total: int, # length of the whole run in steps
@@ -203,7 +223,7 @@ def _advice(i: int, loss: Tensor) -> str:
             "Try a lower lr, a longer warmup, a lower teacher_temperature, or precision='fp32'")
 
 # %% ../nbs/09_train.ipynb #backward
-def _backward(method: nn.Module, forward: nn.Module, views: Views, t: float, recipe: Recipe) -> Tensor:
+def _backward(method: Learner, forward: nn.Module, views: Views, t: float, recipe: Recipe) -> Tensor:
     "The loss of a batch, detached; its gradient is added to the parameters."
     device, parts = views.images[0].device, recipe.accumulate
     if parts == 1:
@@ -215,8 +235,8 @@ def _backward(method: nn.Module, forward: nn.Module, views: Views, t: float, rec
         targets = method.targets(views, t, parts).chunk(parts, 1)
     total = torch.zeros((), device=device)
     for k, (part, target) in enumerate(zip(views.split(parts), targets)):
-        later = forward is not method and k < parts - 1   # processes exchange gradients once, after the last part
-        with forward.no_sync() if later else nullcontext():
+        last = k == parts - 1   # processes exchange gradients once, after it
+        with nullcontext() if last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with autocast(recipe.precision, method, device):
                 loss = forward(part, t, target) / parts
             loss.backward()
@@ -226,13 +246,13 @@ def _backward(method: nn.Module, forward: nn.Module, views: Views, t: float, rec
 # %% ../nbs/09_train.ipynb #report
 def report(step: Step, # from `train`
     recipe: Recipe, # its schedules
-    model: nn.Module, # its loss says what it has seen
+    model: Learner, # its loss says what it has seen
     seconds: float, # of training so far
 ) -> dict[str, float]: # one line of the log
     "The numbers of a step as plain floats."
     line = dict(i=step.i, t=step.t, loss=step.loss.item(), lr=step.lr, weight_decay=step.weight_decay,
                 gradient_norm=step.gradient_norm.item(), momentum=cosine(step.t, recipe.momentum, recipe.momentum_end))
-    if recipe.loss == "cross_entropy":
+    if isinstance(model.loss, CrossEntropy):
         line["teacher_temperature"] = model.loss.temperature(step.t)
     line |= {name: value.item() for name, value in model.loss.seen.items()}
     return line | dict(seconds=round(seconds, 3))

@@ -8,12 +8,13 @@ __all__ = ['BatchContrast', 'Decorrelation', 'simclr', 'barlow_twins']
 # %% ../nbs/13a_unigrad.ipynb #imports
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .core import BatchNorm, full_precision, gather_rows, mean_over_ranks, rank
 from .loss import Loss
 from .methods import Siamese, mlp
 from .recipe import Recipe
+from .vit import Timm, ViT
 
 # %% ../nbs/13a_unigrad.ipynb #batch-contrast
 class BatchContrast(Loss):
@@ -81,19 +82,19 @@ class Decorrelation(Loss):
 
 # %% ../nbs/13a_unigrad.ipynb #builders
 def simclr(recipe: Recipe, # its head and temperature
-    encoder: nn.Module, # untrained
+    encoder: ViT | Timm, # untrained
 ) -> Siamese:
     "What a recipe with loss='contrast' describes."
     return _siamese(recipe, encoder, BatchContrast(recipe.infonce_temperature))
 
 
 def barlow_twins(recipe: Recipe, # its head and penalty
-    encoder: nn.Module, # untrained
+    encoder: ViT | Timm, # untrained
 ) -> Siamese:
     "What a recipe with loss='decorrelation' describes."
     return _siamese(recipe, encoder, Decorrelation(recipe.bottleneck, recipe.penalty))
 
 
-def _siamese(r: Recipe, encoder: nn.Module, loss: Loss) -> Siamese:
+def _siamese(r: Recipe, encoder: ViT | Timm, loss: Loss) -> Siamese:
     head = mlp([encoder.embed_dim, r.hidden, r.hidden, r.bottleneck], True, r.init_std)
     return Siamese(encoder, head, loss, kind=r.teacher, average=r.average, momentum=r.momentum, momentum_end=r.momentum_end)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from .attention import jaccard
+from .attention import as_vit, jaccard
 from .augment import normalize
 from .files import decode
 from .patches import patch_features
@@ -104,7 +105,8 @@ def propagate(features: Iterable[Tensor], # of every frame, `[h, w, D]`
     **how, # radius, topk and temperature of `carry`
 ) -> Iterator[Tensor]: # labels of every frame, `[h, w, K]`; those of the first as they are
     "Hand labels on through a video. ValueError if they do not fit the features."
-    start, recent = None, deque(maxlen=last_frames)
+    start: tuple[Tensor, Tensor] | None = None
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=last_frames)
     for each in features:
         each = F.normalize(each, dim=-1)
         if each.shape[:2] != first.shape[:2]:
@@ -128,7 +130,7 @@ def label_shares(labels: Tensor, # 0 background, 1 to K - 1 objects, `[H, W]`
 
 # %% ../nbs/16_video.ipynb #decide
 def decide(shares: Tensor, # labels of patches, `[h, w, K]`
-    size: tuple[int, int], # height and width in pixels
+    size: Sequence[int], # height and width in pixels
     stretch: bool = True, # each map to 0..1 by itself, as in the released script
 ) -> Tensor: # uint8 `[H, W]`
     "The label of every pixel: enlarged bilinearly, the largest wins."
@@ -149,27 +151,28 @@ def follow(net: nn.Module | Callable, # one of our vision transformers; or `[C, 
     "Labels of every frame from those of the first. ValueError if there is nothing to follow, a frame has another size, or the network no patches."
     if not first.any():
         raise ValueError("the first frame shows no object, so there is nothing to follow")
-    grid = [max(1, round(side * size / min(first.shape) / _patch_size(net))) for side in first.shape]
+    rows, columns = (max(1, round(side * size / min(first.shape) / _patch_size(net))) for side in first.shape)
     place = next(net.parameters()).device if isinstance(net, nn.Module) else first.device
-    features = (each.to(place) for each in _looks(net, frames, first.shape, grid))
-    found = propagate(features, label_shares(first.to(place), grid), **how)
+    features = (each.to(place) for each in _looks(net, frames, first.shape, (rows, columns)))
+    found = propagate(features, label_shares(first.to(place), (rows, columns)), **how)
     return torch.stack([decide(shares, first.shape, stretch).cpu() for shares in found])
 
 
 def _patch_size(net: nn.Module | Callable) -> int:
     "Side of a patch in pixels; ValueError if there are no patches."
-    if not hasattr(net, "patch_size"):
+    size = getattr(net, "patch_size", None)
+    if size is None:
         raise ValueError(f"{type(net).__name__} has no patches to follow: take a vision transformer of dino_edu.vit, or a function with a patch_size")
-    return net.patch_size
+    return size
 
 
 def _looks(net: nn.Module | Callable, frames: Iterable[Tensor], shape: Sequence[int], grid: Sequence[int]) -> Iterator[Tensor]:
     "Vectors of the patches of every frame, `[h, w, D]`; ValueError for a frame of another size than the first mask."
-    look = partial(patch_features, net) if hasattr(net, "layers") else net
+    look = partial(patch_features, as_vit(net, "layers")) if isinstance(net, nn.Module) and hasattr(net, "layers") else net
     for t, frame in enumerate(frames):
         if frame.shape[-2:] != shape:
             raise ValueError(f"frame {t + 1} has {list(frame.shape[-2:])} pixels, the first mask {list(shape)}: they must be alike")
-        yield look(TF.resize(frame, [side * net.patch_size for side in grid], TF.InterpolationMode.BICUBIC, antialias=True))
+        yield look(TF.resize(frame, [side * _patch_size(net) for side in grid], TF.InterpolationMode.BICUBIC, antialias=True))
 
 # %% ../nbs/16_video.ipynb #boundary
 def boundary(mask: Tensor # bool `[..., H, W]`
@@ -273,7 +276,9 @@ def video_segmentation(nets: Mapping[str, Sequence], # by name; of several of on
     **how, # of `follow`
 ) -> dict: # `metrics` in percent; `objects`: J and F of each; `quarters`: mean J over time
     "J, F, J&F and decay of every network, of `colours` and of `still` (nothing moves); paired differences. ValueError if there is no video."
-    first, tables, groups, who, frames = next(iter(nets)), [], [], [], 0
+    first, tables, frames = next(iter(nets)), [], 0
+    groups: list[str] = []
+    who: list[str] = []
     nets = dict(nets) | dict(colours=[Colours(_patch_size(nets[first][0]))])
     for video in videos:
         tables.append(_scores(nets, video, size, last, how))
@@ -284,7 +289,7 @@ def video_segmentation(nets: Mapping[str, Sequence], # by name; of several of on
         raise ValueError("there are no videos to follow anything through")
     means = {name: torch.cat([table[name].mean(-1) for table in tables], 1) for name in tables[0]}          # [2, objects]
     times = {name: torch.cat([quarters(table[name][0]) for table in tables]) for name in tables[0]}         # [objects, 4]
-    metrics = dict(videos=len(tables), objects=len(who), frames=frames)
+    metrics: dict[str, Any] = dict(videos=len(tables), objects=len(who), frames=frames)
     for name in means:
         metrics |= _summary(name, means[name], times[name], groups)
         if name != first:

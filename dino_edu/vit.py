@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from .core import across_ranks, full_precision
 # %% ../nbs/03_vit.ipynb #class-patchembed-nn-module
 class PatchEmbed(nn.Module):
     "Cut a picture into patches and map each to a token: one strided convolution, or a small convolutional stem."
+    stem: nn.Module
 
     def __init__(self,
         patch_size: int, # side of a patch in pixels
@@ -270,7 +272,7 @@ class ViT(nn.Module):
         x, layer = self.embed(x), layer % len(self.blocks)
         for block in self.blocks[:layer]:
             x = block(x)
-        block = self.blocks[layer]
+        block = cast(Block, self.blocks[layer])   # torch's ModuleList does not know what it holds
         q, k, _ = block.attn.queries_keys_values(block.norm1(x))
         return attention_weights(q if token is None else q[:, :, token:token + 1], k)
 
@@ -317,7 +319,7 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
 
 # %% ../nbs/03_vit.ipynb #scalar-np-float64-0-reduce-0
 _SCALAR = np.float64(0).__reduce__()[0]
-HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64")),
+HARMLESS: list = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64")),
             (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar")]   # its name in NumPy 1 and 2
 
 
@@ -415,6 +417,7 @@ def _compare(found: dict[str, Tensor], wanted: dict[str, Tensor], origin: str) -
 # %% ../nbs/03_vit.ipynb #class-timm-nn-module
 class Timm(nn.Module):
     "Any other backbone, from timm: pooled features of its last layer."
+    embed_dim: int
 
     def __init__(self,
         name: str, # as in `timm.list_models()`: resnet50, xcit_small_12_p16_224, convnext_tiny, ...
@@ -425,7 +428,7 @@ class Timm(nn.Module):
         import timm
         super().__init__()
         self.model = across_ranks(timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **options))
-        self.embed_dim = self.model.num_features
+        self.embed_dim = cast(int, self.model.num_features)
 
     def forward(self, x: Tensor) -> Tensor:
         "`[B, C, H, W]` -> `[B, D]`."
@@ -434,7 +437,7 @@ class Timm(nn.Module):
 
 def backbone(name: str, # a key of `SIZES`, or any name that timm knows
     **options, # passed on
-) -> nn.Module: # has `embed_dim` and maps `[B, C, H, W]` to `[B, embed_dim]`
+) -> ViT | Timm: # has `embed_dim` and maps `[B, C, H, W]` to `[B, embed_dim]`
     "Our vision transformer where there is one of that name, else timm's model."
     if name in SIZES:
         return vit(name, **options)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,17 @@ from .core import asset, rank
 from .recipe import Recipe, imagenet_resnet50, imagenet_vitb16, imagenet_vits8, imagenet_vits16, override, remembered
 from .recipe import encoder as untrained
 from .run import recipe_of
-from .vit import SIZES, Loaded, ViT, load_weights, pick_network, read_file
+from .vit import SIZES, Loaded, Timm, ViT, load_weights, pick_network, read_file
 
 # %% ../nbs/08d_weights.ipynb #found
 class Found(NamedTuple):
     "What `find_encoder` brings."
-    net: nn.Module # in evaluation mode
+    net: ViT | Timm # in evaluation mode
     recipe: Recipe # how it was built and what its views are: `global_size`, `picture_size`, `in_chans`
     loaded: Loaded # what was read, from where: print it
 
 
-def _filled(net: nn.Module, recipe: Recipe, tensors: Mapping[str, Tensor], origin: str) -> Found:
+def _filled(net: ViT | Timm, recipe: Recipe, tensors: Mapping[str, Tensor], origin: str) -> Found:
     "A network with its weights, strictly."
     loaded = load_weights(net, tensors, origin=origin)
     return Found(net.eval(), recipe, loaded)
@@ -42,12 +42,11 @@ INSIDE = dict(teacher="teacher.network.encoder.", student="student.encoder.", em
 
 def _of_encoder_file(path: Path, which: str) -> Found:
     "From a file of `save_encoder`, which may hold several networks."
-    net, recipe = load_encoder(path)
-    several = isinstance(net, nn.ModuleDict)
-    known = list(net) if several else ["teacher"]
+    stored, recipe = load_encoder(path)
+    known = dict(stored.items()) if isinstance(stored, nn.ModuleDict) else dict(teacher=stored)
     if which not in known:
         raise ValueError(f"{path} has no {which}, only {', '.join(known)}")
-    net, origin = (net[which], f"{which} of {path.name}") if several else (net, path.name)
+    net, origin = cast(ViT | Timm, known[which]), f"{which} of {path.name}" if isinstance(stored, nn.ModuleDict) else path.name
     return Found(net, recipe, Loaded(origin, tuple(net.state_dict()), (), ()))
 
 
@@ -74,7 +73,7 @@ def _of_tensors(tensors: Mapping[str, Tensor], origin: str, heads: int | None) -
     return _filled(net, recipe, tensors, origin)
 
 
-def _transformer(tensors: Mapping[str, Tensor], origin: str, heads: int | None) -> tuple[nn.Module, Recipe]:
+def _transformer(tensors: Mapping[str, Tensor], origin: str, heads: int | None) -> tuple[ViT | Timm, Recipe]:
     "The vision transformer that has these shapes, and a recipe for its views; ValueError if the number of heads cannot be guessed."
     width, depth = tensors["cls_token"].shape[-1], len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     name = next((name for name, size in SIZES.items() if size[:2] == (width, depth)), f"transformer of width {width} and depth {depth}")
@@ -84,7 +83,7 @@ def _transformer(tensors: Mapping[str, Tensor], origin: str, heads: int | None) 
     proj = tensors["patch_embed.proj.weight"]
     stem = [tensor for key, tensor in tensors.items() if key.startswith("patch_embed.stem.") and tensor.ndim == 4]
     patch_size, in_chans = 2 ** len(stem) if stem else proj.shape[-1], (stem or [proj])[0].shape[1]
-    shape = dict(patch_size=patch_size, in_chans=in_chans, stem="conv" if stem else "patch",
+    shape: dict[str, Any] = dict(patch_size=patch_size, in_chans=in_chans, stem="conv" if stem else "patch",
                  mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / width)
     size = patch_size * math.isqrt(tensors["pos_embed"].shape[1] - 1)
     net = ViT(img_size=size, width=width, depth=depth, heads=heads, **shape)
@@ -164,7 +163,7 @@ def _shipped(name: str) -> Path:
 # %% ../nbs/08d_weights.ipynb #encoder
 def encoder(name: str | Path, # as in `find_encoder`
     which: str = "teacher", # teacher or student, where there are both
-) -> nn.Module: # in evaluation mode
+) -> ViT | Timm: # in evaluation mode
     "A trained encoder by its name: `[B, C, H, W]` -> `[B, D]`. Errors as in `find_encoder`."
     return find_encoder(name, which).net
 
@@ -209,7 +208,7 @@ def snapshots(source: Path | str, # a run's folder, or what `pack_snapshots` mad
     paths = sorted((Path(source) / "snapshots").glob("[0-9]*.safetensors"), key=lambda path: int(path.stem))
     if not paths:
         raise FileNotFoundError(f"{source} holds no snapshots: train with snapshots (dino-edu train ... --snapshots 20)")
-    return ((int(path.stem), load_encoder(path)[0]) for path in paths)
+    return ((int(path.stem), cast(nn.ModuleDict, load_encoder(path)[0])) for path in paths)
 
 # %% ../nbs/08d_weights.ipynb #pack
 def pack_snapshots(folder: Path | str, # of a run
