@@ -95,7 +95,7 @@ def plan(recipe, # a `recipe.Recipe`
     net, place = method(recipe, per_epoch), pick_device(device)
     optimizer(net, recipe)
     folder = Run(out).folder
-    count = sum(p.numel() for p in net.student.encoder.parameters())
+    count = sum(p.numel() for p in net.encoders()["student"].parameters())
     scored = "no labels: no k-NN" if val_set is None else f"{len(val_set)} pictures of {len(val_set.classes)} classes to score on"
     return (f"{len(train_set)} pictures of {train_set.name} to learn from, {scored}\n"
             f"{recipe.encoder} with {count / 1e6:.2f} million parameters on {place}\n"
@@ -114,7 +114,7 @@ class Diagnose:
         from dino_edu.run import Run, recipe_of
         if not (self.run / "log.jsonl").exists():
             raise FileNotFoundError(f"no log.jsonl in {self.run}: name the folder of a run")
-        found = diagnose(Run(self.run).lines(), recipe_of(self.run))
+        found = [str(finding) for finding in diagnose(Run(self.run).lines(), recipe_of(self.run))]
         print(*(found or ["nothing found that would be wrong with this run so far"]), sep="\n")
 
 # %% ../nbs/18_cli.ipynb #bench
@@ -169,7 +169,7 @@ class Ablate:
         from dino_edu.rows import named, select
         given = {name: value for name, value in dict(steps=self.steps, data=self.data).items() if value is not None}
         base, seeds = override(named(PRESETS, self.base, "preset")(), **given), range(self.first_seed, self.first_seed + self.seeds)
-        places = dict(out=self.out, runs=self.runs, slots=self.jobs, device=self.device, cache=self.cache)
+        places: dict[str, Any] = dict(out=self.out, runs=self.runs, slots=self.jobs, device=self.device, cache=self.cache)
         rows = select(base, self.table, self.rows)
         if self.dry_run:
             print(forecast(base, rows, seeds, self.device))
@@ -280,9 +280,9 @@ def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None:
         args = ["bench", "small", *args[1:]]
     commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, poster=Poster,
                     embed=Embed, transfer=Transfer, export=Export, notebooks=Notebooks, doctor=Doctor, demo=Demo)
-    commands = {name: _options(command, asked=args[:1] == [name]) for name, command in commands.items()}
+    options = {name: _options(command, asked=args[:1] == [name]) for name, command in commands.items()}
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.SuppressFixed)
-    command = tyro.extras.subcommand_cli_from_dict(commands, prog="dino-edu", args=args, config=config)
+    command = tyro.extras.subcommand_cli_from_dict(options, prog="dino-edu", args=args, config=config)
     try:
         command()
     except (ValueError, OSError, FloatingPointError) as error:
@@ -311,13 +311,13 @@ def _presets(command: type) -> Callable:
 
     @dataclass(frozen=True)
     class WithRecipe(command):
-        recipe: Annotated[kind, tyro.conf.arg(name="")]
+        recipe: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type] # that of the presets
 
     where = {name: dict(out=Path("runs") / name) if command is Training else {} for name in choices}
     runs = {name: WithRecipe(recipe=recipe, preset=name, **where[name]) for name, recipe in choices.items()}
     Preset = tyro.extras.subcommand_type_from_defaults(runs, about, prefix_names=False)
 
-    def preset(run: Preset) -> Any:  # type: ignore[valid-type]
+    def preset(run: Preset) -> Any:  # type: ignore[valid-type] # tyro has just made it
         return run
     return preset
 

@@ -57,7 +57,7 @@ def _alias(net: Learner) -> None:
 def _no_stop_gradient(net: Learner) -> None:
     "The same, and the gradient flows through the targets too."
     _alias(net)
-    net.teacher.forward = net.student.forward  # type: ignore[method-assign] # an illness
+    net.teacher.forward = net.student.forward  # type: ignore[method-assign] # that is the illness
     old = cast(CrossEntropy, net.loss)
     net.loss = _WithGradient(old.targets, old.student_temperature, old.teacher_temperature, old.warmup_temperature, old.warmup)
 
@@ -88,7 +88,7 @@ def _grow(net: Learner) -> None:
         after(t)
         with torch.no_grad():
             torch._foreach_mul_(weights, 1.5)
-    net.after_step = after_step  # type: ignore[method-assign] # another
+    net.after_step = after_step  # type: ignore[method-assign] # as above
 
 
 def _half() -> torch.autocast:

@@ -19,12 +19,13 @@ from .core import full_precision, keys, permutation
 from .data import Pictures
 from .score import knn, linear_probe, neighbours, votes
 from .segment import Interval, Scene, crossfit, interval
+from .stream import Streamed
 from .vit import ViT
 
 # %% ../nbs/08i_dense.ipynb #patch-tokens
 @torch.no_grad()
 def patch_tokens(encoder: ViT, # one of our vision transformers
-    pictures: Pictures, # what to embed
+    pictures: Pictures | Streamed, # what to embed
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the encoder is
     batch: int = 256, # pictures at a time
@@ -43,7 +44,7 @@ def patch_tokens(encoder: ViT, # one of our vision transformers
     return torch.cat(found)
 
 # %% ../nbs/08i_dense.ipynb #patch-labels
-def patch_labels(pictures: Pictures, # with labels and masks
+def patch_labels(pictures: Pictures | Streamed, # with labels and masks
     size: int, # side of the centre crop in pixels
     patch_size: int, # in pixels
 ) -> Tensor: # int64 `[N, h w]`
@@ -98,7 +99,7 @@ def relative_places(boxes: Tensor, # of two views, as in `Views`: top, left, hei
 # %% ../nbs/08i_dense.ipynb #localise
 @torch.no_grad()
 def localise(encoder: ViT, # one of our vision transformers
-    pictures: Pictures, # to make views of
+    pictures: Pictures | Streamed, # to make views of
     augment: MultiCrop, # how; its two global views are used
     seed: int = 0, # of the views
     device: torch.device | str = "cpu", # where the encoder is
@@ -120,8 +121,8 @@ def localise(encoder: ViT, # one of our vision transformers
 
 # %% ../nbs/08i_dense.ipynb #dense-scores
 def dense_scores(encoder: ViT, # one of our vision transformers
-    train: Pictures, # labelled, with masks
-    val: Pictures, # the same, to score on
+    train: Pictures | Streamed, # labelled, with masks
+    val: Pictures | Streamed, # the same, to score on
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the encoder is
     most: int = 1000, # pictures of `train` whose patches are read one by one
@@ -137,7 +138,7 @@ def dense_scores(encoder: ViT, # one of our vision transformers
 
 # %% ../nbs/08i_dense.ipynb #outlines
 @torch.no_grad()
-def scene_patches(encoder: nn.Module, # one of our vision transformers
+def scene_patches(encoder: ViT, # one of our vision transformers
     scenes: Sequence[Scene], # frames with masks
     device: torch.device | str = "cpu", # where the encoder is
 ) -> list[tuple[Tensor, Tensor]]: # of each scene: vectors `[P, D]`, and whether objects cover more than half of a patch, bool `[P]`
@@ -152,7 +153,7 @@ def scene_patches(encoder: nn.Module, # one of our vision transformers
     return found
 
 
-def outlines(encoder: nn.Module, # one of our vision transformers
+def outlines(encoder: ViT, # one of our vision transformers
     scenes: Sequence[Scene], # of two groups or more
     device: torch.device | str = "cpu", # where the encoder is
     folds: int = 5, # parts that the groups are dealt into; fewer, if there are fewer groups
@@ -161,7 +162,8 @@ def outlines(encoder: nn.Module, # one of our vision transformers
     "Object or background, patch by patch, learnt from the frames of other groups. ValueError if there is but one group."
     patches, groups = scene_patches(encoder, scenes, device), [s.group for s in scenes]
     order = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    fold, tables = [order[group] % min(folds, len(order)) for group in groups], dict(linear={}, knn={})
+    fold = [order[group] % min(folds, len(order)) for group in groups]
+    tables: dict[str, dict[int, Tensor]] = dict(linear={}, knn={})
     for f in sorted(set(fold)):
         known = [patches[i] for i in range(len(scenes)) if fold[i] != f]
         if not known:
@@ -183,14 +185,15 @@ def _overlaps(share: Tensor, truth: Tensor) -> Tensor:
     return (called & truth[:, None]).sum(0) / (called | truth[:, None]).sum(0)
 
 # %% ../nbs/08i_dense.ipynb #outlines-compare
-def compare_outlines(nets: Mapping[str, Sequence[nn.Module]], # by name; of several networks of one name the mean. The first is the one in question
+def compare_outlines(nets: Mapping[str, Sequence[ViT]], # by name; of several networks of one name the mean. The first is the one in question
     scenes: Sequence[Scene], # of two groups or more
     device: torch.device | str = "cpu", # where the networks are
 ) -> dict[str, Interval]: # in percent, by names such as `linear_trained`, `knn_untrained`, `linear_less_untrained`
     "`outlines` of every network, with intervals over groups, and the paired difference to each."
     patch = next(iter(nets.values()))[0].patch_size
     scenes = [s for s in scenes if (patch_share(s.masks.sum(0), [side // patch for side in s.image.shape[-2:]]) > 0.5).any()]
-    groups, first, found = [s.group for s in scenes], next(iter(nets)), {}
+    groups, first = [s.group for s in scenes], next(iter(nets))
+    found: dict[str, Interval] = {}
     scores = {name: [outlines(net, scenes, device) for net in several] for name, several in nets.items()}
     for how in ("linear", "knn"):
         means = {name: torch.stack([each[how] for each in several]).mean(0) for name, several in scores.items()}

@@ -47,7 +47,7 @@ class Task:
             if pictures is None or pictures.labels is None:
                 raise ValueError(f"{pictures.name if pictures else 'this set'!r} has no labels: there is nothing to score against")
         self.recipe, self.size, self.device, self.seed, self.davis = found.recipe, found.recipe.global_size, device, seed, davis
-        self.nets = dict(trained=[found.net.to(device)], untrained=[net.to(device) for net in fresh(found.recipe, range(inits))])
+        self.nets: dict[str, list[nn.Module]] = dict(trained=[found.net.to(device)], untrained=[net.to(device) for net in fresh(found.recipe, range(inits))])
         self.train, self.val, self.speed = train, val, 0.0
         self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 

@@ -29,18 +29,20 @@ from .data import Pictures, load
 from .dense import dense_scores
 from .estimate import estimate
 from .fit import Interrupted, fit, noted_signals
+from .methods import Learner
 from .recipe import Recipe, method, override, remembered
 from .rows import Row, tables
 from .run import Run, commit, record, tell
 from .score import features, knn, linear_probe, pixel_knn
+from .stream import Streamed
 from .train import steps_per_epoch
 from .vit import ViT
 
 # %% ../nbs/09e_laboratory.ipynb #hold-out
-def hold_out(pictures: Pictures, # labelled
+def hold_out(pictures: Pictures | Streamed, # labelled
     share: float = 0.15, # of every class
     seed: int = 0, # which of them
-) -> tuple[Pictures, Pictures]: # the rest, and those held out
+) -> tuple[Pictures | Streamed, Pictures | Streamed]: # the rest, and those held out
     "Set some pictures of every class aside. All choices are made on these; the val split is for the last step."
     if pictures.labels is None:
         raise ValueError(f"{pictures.name or 'this set'!r} has no labels: a table compares accuracies, which need them")
@@ -53,8 +55,8 @@ def hold_out(pictures: Pictures, # labelled
 
 # %% ../nbs/09e_laboratory.ipynb #judge
 def judge(encoders: Mapping[str, nn.Module], # by name: teacher, student, ema
-    train: Pictures, # labelled pictures that vote
-    val: Pictures, # pictures to classify
+    train: Pictures | Streamed, # labelled pictures that vote
+    val: Pictures | Streamed, # pictures to classify
     size: int, # side of the centre crop in pixels
     device: torch.device | str = "cpu", # where the encoders are
 ) -> dict[str, float]: # percent
@@ -100,14 +102,14 @@ def run_row(recipe: Recipe, # the row's
 GALLERY = 1000  # pictures that vote while a run goes on
 
 
-def _trained(recipe: Recipe, folder: Path, n: int) -> nn.Module:
+def _trained(recipe: Recipe, folder: Path, n: int) -> Learner:
     "The method as its last checkpoint holds it."
     model = method(recipe, steps_per_epoch(recipe, n))
     model.load_state_dict(load_checkpoint(folder / "last.pt")["method"])
     return model
 
 
-def _knn20(encoder: nn.Module, train: Pictures, val: Pictures, recipe: Recipe, place: torch.device) -> float:
+def _knn20(encoder: nn.Module, train: Pictures | Streamed, val: Pictures | Streamed, recipe: Recipe, place: torch.device) -> float:
     "k-NN (k = 20) of one encoder."
     found, asked = (features(encoder, pictures, recipe.global_size, place).to(place) for pictures in (train, val))
     return knn(found, train.labels, asked, val.labels, ks=[20])[20][0]
@@ -187,7 +189,8 @@ def run_jobs(jobs: list[Job], # what to run, those that are finished left out
     idle: Callable[[list[Job]], None] = lambda running: None, # called twice a second with the jobs that run
 ) -> Iterator[tuple[Job, dict]]: # each as it is finished; of a run that broke, `error` alone
     "Run jobs side by side, each in a process of its own. SIGINT or SIGTERM: all write their checkpoints, then `Interrupted`."
-    waiting, running, free = list(jobs), {}, list(range(slots))
+    waiting, free = list(jobs), list(range(slots))
+    running: dict[subprocess.Popen, tuple[Job, int]] = {}
     with noted_signals() as asked:
         try:
             while waiting or running:

@@ -142,7 +142,7 @@ def siamese(base: Recipe) -> dict[str, Row]:
     ours = published | dict(mask=0.4, token_norm="layer", fixed_patches=False)   # what short runs of small networks want
     pixels = TWO_VIEWS | dict(loss="pixels", mask=0.75, mask_blocks=False, token_norm="layer", fixed_patches=False, clip=None)
     alone = dict(jitter_p=0.0, grey_p=0.0, blur_p=(0.0, 0.0, 0.0), solarize_p=0.0)
-    switches = dict(
+    switches: dict[str, dict] = dict(
         same_view=dict(other_view=False), mask_0=dict(mask=0.0), mask_60=dict(mask=0.6), mask_75=dict(mask=0.75), no_colours=alone,
         no_crops=dict(global_scale=(1.0, 1.0), flip_p=0.0), pooled=dict(pooled=True), no_place=dict(relative="none"), no_scale=dict(relative="shift"),
         penalty_0=dict(penalty=0.0), penalty_less=dict(penalty=1.536 / width), penalty_more=dict(penalty=153.6 / width),

@@ -24,6 +24,7 @@ from .data import Pictures, load
 from .files import decode, opened
 from .recipe import Recipe, encoder
 from .stream import Streamed
+from .vit import Timm, ViT
 
 # %% ../nbs/08e_segment.ipynb #scene
 @dataclass(frozen=True)
@@ -283,9 +284,9 @@ def _choices(table: Tensor, groups: Sequence[str], folds: int) -> list[list]:
 # %% ../nbs/08e_segment.ipynb #fresh
 def fresh(recipe: Recipe, # whose encoder
     seeds: Iterable[int], # one for each
-) -> list[nn.Module]: # in evaluation mode
+) -> list[ViT | Timm]: # in evaluation mode
     "Untrained encoders of the same architecture."
-    found: list[nn.Module] = []
+    found = []
     for seed in seeds:
         seed_everything(seed)
         found.append(encoder(recipe).eval())
@@ -339,7 +340,7 @@ def measure(net: nn.Module, # a trained vision transformer
         raise ValueError(f"{recipe.encoder} shows no attention: take a vision transformer of dino_edu.vit")
     patch_size = as_vit(net).patch_size
     scenes, name = read_scenes(source, size, patch_size, seed)
-    nets = dict(trained=[net.to(place)], untrained=[other.to(place) for other in fresh(recipe, range(inits))])
+    nets: dict[str, list[nn.Module]] = dict(trained=[net.to(place)], untrained=[other.to(place) for other in fresh(recipe, range(inits))])
     seconds = time.monotonic() - began
     return dict(seed=seed, recipe=asdict(recipe), data=name, device=place.type, seconds=round(seconds, 1), images_per_second=None,
                 size=size, **segment(nets, scenes, patch_size))

@@ -8,6 +8,7 @@ __all__ = ['positions', 'own_places', 'relative', 'mask_blocks', 'mask_patches',
 
 # %% ../nbs/13_siamese_im.ipynb #imports
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from .augment import Views
 from .core import BatchNorm, entropy, full_precision, mean_over_ranks
 from .dense import relative_places
 from .loss import Loss
+from .methods import Learner
 from .recipe import Recipe
 from .teacher import Teacher
 from .vit import Block, ViT
@@ -128,7 +130,10 @@ def blocks(depth: int, # how many
     return _xavier(made)
 
 
-def _xavier(net: nn.Module) -> nn.Module:
+_Net = TypeVar("_Net", bound=nn.Module)
+
+
+def _xavier(net: _Net) -> _Net:
     "Xavier-uniform weights and zero biases in all linear layers, in place."
     for module in net.modules():
         if isinstance(module, nn.Linear):
@@ -206,12 +211,13 @@ class Tokens(nn.Module):
         return self.projector(self.widen(self.encoder.tokens(images, keep)))
 
 # %% ../nbs/13_siamese_im.ipynb #siamese-im
-class SiameseIM(nn.Module):
+class SiameseIM(Learner):
     "From the visible patches of one view, predict what the teacher makes of every patch of another (Siamese Image Modeling, section 3)."
+    student: Tokens
 
     def __init__(self,
         student: Tokens, # encoder and projector
-        loss: nn.Module, # `UniGrad`
+        loss: Loss, # `UniGrad`
         decoder: nn.Module, # `[B, n, width]` -> the same
         mask: float = 0.6, # share of the first view's patches that the student does not see
         mask_blocks: bool = True, # rectangles; False: single patches
@@ -236,8 +242,7 @@ class SiameseIM(nn.Module):
         parts: int = 1, # so many passes of the teacher, for want of memory
     ) -> Tensor: # `[1, B, N, width]`, or `[1, B, 1, width]` if pooled; without gradient
         "What the teacher makes of the whole second view."
-        found = [self.teacher(part.images[int(self.other_view)])[:, 1:] for part in views.split(parts)]
-        found = torch.cat(found)[None]
+        found = torch.cat([self.teacher(part.images[int(self.other_view)])[:, 1:] for part in views.split(parts)])[None]
         target = self.loss.aim(found.mean(2, keepdim=True) if self.pooled else found, t)
         if self.tally is not None:
             self.tally.add(F.normalize(target, dim=-1))
@@ -273,18 +278,6 @@ class SiameseIM(nn.Module):
         places = relative(Views([], views.boxes[pair], views.flips[pair]), grid, self.relative)
         return self.place(positions(places, self.place.out_features).to(self.place.weight.dtype))
 
-    def after_step(self, t: float) -> None:
-        "Move the teacher."
-        self.teacher.follow(self.student, t)
-
-    def encoders(self) -> dict[str, nn.Module]:
-        "The encoders that can be evaluated."
-        return dict(teacher=self.teacher.network.encoder, student=self.student.encoder)
-
-    def prototypes(self) -> list[nn.Parameter]:
-        "None."
-        return []
-
 
 def hide(share: float, # of the patches
     rectangles: bool, # or single patches
@@ -309,8 +302,9 @@ def siamese_im(recipe: Recipe, # its masked views, teacher and penalty
                      momentum=r.momentum, momentum_end=r.momentum_end)
 
 # %% ../nbs/13_siamese_im.ipynb #autoencoder
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Learner):
     "From the visible patches of a view, fill in the pixels of the hidden ones (He et al., CVPR 2022); an average stands where a teacher would."
+    student: Tokens
 
     def __init__(self,
         student: Tokens, # the encoder, and what leads to the decoder's width
@@ -359,18 +353,6 @@ class MaskedAutoencoder(nn.Module):
         whole = whole.scatter(1, keep[:, :, None].expand(-1, -1, whole.shape[2]), tokens[:, 1:])
         whole = whole + positions(own_places(math.isqrt(n), images.device), whole.shape[2])
         return self.pixels(self.decoder(torch.cat([tokens[:, :1], whole], 1))[:, 1:])
-
-    def after_step(self, t: float) -> None:
-        "Move the average."
-        self.teacher.follow(self.student, t)
-
-    def encoders(self) -> dict[str, nn.Module]:
-        "The average, and the encoder that learns."
-        return dict(teacher=self.teacher.network.encoder, student=self.student.encoder)
-
-    def prototypes(self) -> list[nn.Parameter]:
-        "None."
-        return []
 
 
 def patch_pixels(images: Tensor, # `[B, C, H, W]`

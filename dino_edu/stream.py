@@ -55,7 +55,7 @@ class Streamed:
     broken: dict[str, str] = field(default_factory=dict, init=False) # what is wrong with which file, as far as this process knows
     reads: int = field(default=0, init=False) # how many pictures this process was asked for
     masks: ClassVar[Tensor | None] = None  # what `data.Pictures` may have
-    uniform: ClassVar[bool] = False
+    uniform: ClassVar[bool] = False  # nobody has looked at their sizes
 
     def __len__(self) -> int:
         return len(self.names)

@@ -9,12 +9,13 @@ __all__ = ['PRESETS', 'Tuning', 'tuning', 'view', 'Seen', 'labelled_views', 'mix
 # %% ../nbs/15_transfer.ipynb #imports
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from .run import Run, progress, tell
 from .score import accuracy, features, linear_probe
 from .stream import Streamed, prefetched
 from .train import Step, autocast, parallel, steps_per_epoch, total_steps
-from .vit import ViT
+from .vit import Timm, ViT
 
 # %% ../nbs/15_transfer.ipynb #tuning
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Tuning:
 # %% ../nbs/15_transfer.ipynb #presets
 _LARGE = dict(picture_size=256, erase_p=0.25, batch=1024, epochs=300, warmup=5 / 300)
 
-PRESETS = dict(
+PRESETS: dict[str, dict[str, Any]] = dict(
     cifar10={},   # issue 81
     cifar100=dict(data="cifar100", lr=5e-6),   # issue 144, told for ViT-B
     inat18=dict(_LARGE, data="inat18", lr=1e-4),   # issue 171: 5e-5 for each 512 pictures, 128 a GPU; how many GPUs: not published; ours
@@ -151,7 +152,7 @@ def labelled_views(pictures: Pictures | Streamed, # labelled
     device: torch.device | str = "cpu", # where they are wanted
     start: int = 0, # steps already done
     workers: int = 0, # processes that make views ahead
-) -> Iterator[tuple[Tensor, Tensor]]: # views `[B, 3, size, size]`, labels int64 `[B]`
+) -> Generator[tuple[Tensor, Tensor], None, None]: # views `[B, 3, size, size]`, labels int64 `[B]`
     "Endless batches; of several processes, each gets its share. ValueError if the batch cannot be shared out."
     if tuning.batch % (2 * world_size()):
         raise ValueError(f"a batch of {tuning.batch} is not even on each of {world_size()} processes, and mixup mixes pairs: "
@@ -184,7 +185,7 @@ class Classifier(nn.Module):
     "A copy of an encoder and a new linear layer, with what timm's layer-wise rates need to know."
 
     def __init__(self,
-        encoder: nn.Module, # `[B, C, H, W]` -> `[B, D]`, with `embed_dim`
+        encoder: ViT | Timm, # `[B, C, H, W]` -> `[B, D]`
         classes: int, # how many
         tuning: Tuning, # head and stochastic depth
     ):
@@ -268,7 +269,7 @@ def tune(model: Classifier, # learns in place
         yield Step(i, i / total, loss.detach(), lr, tuning.weight_decay, norm)
 
 # %% ../nbs/15_transfer.ipynb #finetune
-def finetune(net: nn.Module, # the encoder to start from; it stays as it is
+def finetune(net: ViT | Timm, # the encoder to start from; it stays as it is
     tuning: Tuning, # what to do
     train_set: Pictures | Streamed, # labelled; 15 % of every class are held out to choose by
     val_set: Pictures | Streamed, # labelled; scored once, at the end
@@ -322,7 +323,7 @@ def _classes(train_set: Pictures | Streamed, val_set: Pictures | Streamed) -> in
     return classes
 
 # %% ../nbs/15_transfer.ipynb #finetune-helpers-begin
-def _begin(run: Run, net: nn.Module, tuning: Tuning, rest: Pictures | Streamed, classes: int, seed: int, place: torch.device):
+def _begin(run: Run, net: ViT | Timm, tuning: Tuning, rest: Pictures | Streamed, classes: int, seed: int, place: torch.device):
     "A new classifier, its average and its optimiser, or those of the last checkpoint; steps and seconds already done."
     seed_everything(seed)
     model = Classifier(net, classes, tuning).to(place)
@@ -353,7 +354,7 @@ def _keep_best(run: Run, step: int) -> None:
 
 # %% ../nbs/15_transfer.ipynb #read-classifier
 def read_classifier(folder: Path | str, # of a run of `finetune`
-    net: nn.Module, # an encoder of the same architecture; its weights do not matter
+    net: ViT | Timm, # an encoder of the same architecture; its weights do not matter
 ) -> Classifier: # in evaluation mode
     "The classifier that the held-out pictures chose, or its average. FileNotFoundError before the first evaluation."
     path = Path(folder) / "best.pt"
@@ -367,7 +368,7 @@ def read_classifier(folder: Path | str, # of a run of `finetune`
     return model.eval()
 
 # %% ../nbs/15_transfer.ipynb #finish
-def _finish(run: Run, net: nn.Module, tuning: Tuning, name: str, val_set: Pictures | Streamed, place: torch.device, seed: int, total: int, seconds: float) -> dict:
+def _finish(run: Run, net: ViT | Timm, tuning: Tuning, name: str, val_set: Pictures | Streamed, place: torch.device, seed: int, total: int, seconds: float) -> dict:
     "Score the chosen classifier on val, once, and write the summary."
     gather_rows(torch.zeros(1))   # wait until rank 0 has written
     held = {line["i"]: line["held_top1"] for line in run.lines() if "held_top1" in line}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from .core import pick_device
 from .data import ILSVRC, Pictures, load
@@ -25,6 +24,7 @@ from .score import features, knn, linear_probe
 from .segment import Interval, interval
 from .stream import Streamed
 from .transfer import Tuning, finetune, reading, tuning
+from .vit import Timm, ViT
 
 # %% ../nbs/15a_travel.ipynb #published
 _SETS = ("cifar10", "cifar100", "inat18", "inat19", "flowers102", "cars", "imagenet")
@@ -62,7 +62,9 @@ def _cars(root: Path, size: int | None) -> list[Streamed]:
     "Stanford Cars."
     from torchvision.datasets import StanfordCars
     parts = [StanfordCars(str(root), split) for split in ("train", "test")]
-    return [_streamed(root, *zip(*part._samples), part.classes, f"cars {split}", size) for split, part in zip(("train", "val"), parts)]
+    samples = [zip(*part._samples) for part in parts]
+    return [_streamed(root, files, labels, part.classes, f"cars {split}", size)
+            for split, part, (files, labels) in zip(("train", "val"), parts, samples)]
 
 # %% ../nbs/15a_travel.ipynb #read-inaturalist
 def _inaturalist(root: Path, size: int | None, year: int) -> list[Streamed]:
@@ -73,7 +75,7 @@ def _inaturalist(root: Path, size: int | None, year: int) -> list[Streamed]:
     for split, part in lists.items():
         files = {line["id"]: line["file_name"] for line in part["images"]}
         labels = [number[line["category_id"]] for line in part["annotations"]]
-        found.append(_streamed(root, [root / files[line["image_id"]] for line in part["annotations"]], labels, map(str, classes), f"inat{year % 100} {split}", size))
+        found.append(_streamed(root, [root / files[line["image_id"]] for line in part["annotations"]], labels, [str(k) for k in classes], f"inat{year % 100} {split}", size))
     return found
 
 # %% ../nbs/15a_travel.ipynb #elsewhere
@@ -109,7 +111,7 @@ def read_target(plan: Tuning, # its `data` and `picture_size`
 WAYS = ("frozen", "linear", "tuned")
 
 # %% ../nbs/15a_travel.ipynb #travel
-def travel(starts: Mapping[str, nn.Module], # encoders by name
+def travel(starts: Mapping[str, ViT | Timm], # encoders by name
     plans: Sequence[Tuning], # of one size and pooling; the one whose held-out accuracy is best counts, for each start
     train_set: Pictures | Streamed, # labelled
     val_set: Pictures | Streamed, # labelled
