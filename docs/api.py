@@ -34,7 +34,8 @@ def arguments(node: ast.FunctionDef) -> list[tuple[str, ast.arg, ast.expr | None
 
 def fields(node: ast.ClassDef) -> list[tuple[str, ast.AnnAssign, ast.expr | None]]:
     "The same of a dataclass."
-    return [(ast.unparse(field.target), field, field.value) for field in node.body if isinstance(field, ast.AnnAssign)]
+    return [(ast.unparse(field.target), field, field.value) for field in node.body
+            if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).startswith("ClassVar")]
 
 
 def function(node: ast.AST, kind: str) -> ast.FunctionDef | None:
@@ -93,9 +94,13 @@ def property_entry(node: ast.FunctionDef) -> str:
     return entry("property", node.name, [prose(ast.get_docstring(node)) + returns])
 
 
-def constant_entry(name: str, node: ast.Assign, said: dict[int, str]) -> str:
+def target(node: ast.Assign | ast.AnnAssign) -> ast.expr:
+    return node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+
+
+def constant_entry(name: str, node: ast.Assign | ast.AnnAssign, said: dict[int, str]) -> str:
     value = ast.unparse(node.value)
-    whole = isinstance(node.targets[0], ast.Name) and len(value) < LONG
+    whole = isinstance(target(node), ast.Name) and len(value) < LONG
     return entry("data", name, [prose(said.get(node.lineno, ""))], option=f":value: {value}" if whole else "")
 
 
@@ -110,8 +115,8 @@ def definitions(tree: ast.Module) -> dict[str, ast.AST]:
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = node
-        elif isinstance(node, ast.Assign):
-            found |= {name.id: node for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found |= {name.id: node for name in ast.walk(target(node)) if isinstance(name, ast.Name)}
     return found
 
 
