@@ -67,6 +67,28 @@ def test_editable(checkout, tmp_path):
     assert notebook == checkout / "nbs" / "00_core.ipynb"
 
 
+def seconds_of(code):
+    "Least processor time of three new interpreters."
+    import resource
+
+    def spent():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+    times = []
+    for _ in range(3):
+        before = spent()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        times.append(spent() - before)
+    return min(times)
+
+
+def test_importing_costs_little_beside_torch():
+    needed = seconds_of("import torch, torchvision, timm")
+    assert seconds_of("import dino_edu, dino_edu.cli") < 0.2 * needed
+    core = ", ".join(f"dino_edu.{name}" for name in ("data", "augment", "vit", "loss", "methods", "train", "fit", "score", "weights", "launch", "siamese_im"))
+    assert seconds_of(f"import {core}") < 1.2 * needed
+
+
 def test_unknown_asset():
     from dino_edu.core import asset
 
