@@ -30,7 +30,12 @@ build() {
 
 install() {
   "$python" -m venv new
-  new/bin/python -m pip install --quiet "$(echo dist/*.whl)[notebooks,docs]"
+  new/bin/python -m pip install --quiet "$(echo dist/*.whl)[notebooks,video,docs]"
+}
+
+commands() {
+  new/bin/python -m pip install --quiet pytest
+  python -m pytest -q -o addopts= -o pythonpath= "$checkout/tests/test_commands.py"
 }
 
 notebooks() {
@@ -50,12 +55,13 @@ docs() {
 }
 
 step "sdist and wheel: built, checked, each under 25 MB" build
-step "wheel installed into an empty environment, with [notebooks,docs]" install
+step "wheel installed into an empty environment, with [notebooks,video,docs]" install
 export PATH="$place/new/bin:$PATH" PYTHONDONTWRITEBYTECODE=1
 unset PYTHONPATH
 step "dino-edu --help" dino-edu --help
 step "dino-edu doctor" dino-edu doctor
 step "dino-edu demo" dino-edu demo
+step "every command that the documents print" commands
 step "dino-edu notebooks, and two of them by papermill" notebooks
 step "the site, built and opened" docs
 python -c "import dino_edu, sys; assert dino_edu.__file__.startswith('$place/new'); print('dino_edu', dino_edu.__version__, 'on Python', sys.version.split()[0])"
