@@ -67,7 +67,8 @@ def home() -> str:
     books = [f"{path.stem.partition('_')[0]} {title_and_subtitle(path)[0]} <nbs/{path.stem}>" for path in CHAPTERS]
     trees = [toctree("Guides", [f"docs/{name}" for name in GUIDES]), toctree("The book", ["nbs/index", *books]),
              toctree("Reference", ["api/index"]), toctree("Project", PROJECT)]
-    return "\n\n".join([(ROOT / "README.md").read_text(encoding="utf-8"), *trees])
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return "\n\n".join([re.sub(r"!\[([^]]+)\]\(https:[^)]+\)", r"\1", text), *trees])   # badges become words: a page fetches nothing
 
 
 def table_of_chapters() -> str:
