@@ -182,11 +182,14 @@ class Ablate:
 # %% ../nbs/18_cli.ipynb #score
 @dataclass(frozen=True)
 class Score:
-    "Judge a trained encoder beside untrained ones: neighbours, a linear classifier, few labels, retrieval, copies, outlines, videos."
+    "Judge a trained encoder beside untrained ones: neighbours, a linear classifier, few labels, retrieval, places, copies, outlines, videos."
     weights: tyro.conf.Positional[str]  # a run's folder, a file, or the name of a shipped or released encoder
     data: str | None = None  # a name or a path; by default what the encoder learnt from
-    protocols: tuple[str, ...] = ("knn", "linear")  # of knn, linear, low_shot, retrieval, copies, attention, video; or all
+    protocols: tuple[str, ...] = ("knn", "linear")  # of knn, linear, low_shot, retrieval, copies, places, copydays, attention, video; or all
+    beside: tuple[str, ...] = ()  # other trained encoders with patches of the same size, as in supervised=runs/supervised
     davis: Path | None = None  # folder or archive of DAVIS, for attention and video
+    places: Path | None = None  # folder of the revisited Oxford or Paris: gnd_roxford5k.json or gnd_rparis6k.json, and jpg/ beside it
+    copydays: Path | None = None  # folder of Copydays: original/ and strong/
     inits: int = 3  # untrained networks beside it
     seed: int = 0  # of generated pictures, splits, draws and copies
     device: str = "auto"  # auto, cpu, cuda, ...
@@ -202,7 +205,8 @@ class Score:
         names, found = choose_protocols(self.protocols), find_encoder(self.weights)
         source, recipe = self.data or found.recipe.data, found.recipe
         pictures = load(source, recipe.picture_size, recipe.in_chans, seed=self.seed)
-        task = Task(found, *pictures, pick_device(self.device), self.inits, self.seed, self.davis)
+        beside = {name: find_encoder(path or name).net for name, _, path in (text.partition("=") for text in self.beside)}
+        task = Task(found, *pictures, pick_device(self.device), self.inits, self.seed, self.davis, self.places, self.copydays, beside)
         report(task, self.weights, names, self.out, print)
         print(found.loaded)
         if self.out:

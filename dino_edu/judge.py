@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import as_vit
-from .copies import KINDS, copy_detection, make_copies, plot_firsts, plot_kinds
+from .copies import KINDS, copy_detection, copydays, make_copies, plot_firsts, plot_kinds
 from .core import permutation
 from .data import Pictures
 from .probe import block_features, linear_cached, low_shot, plot_sweep, stratified
-from .retrieve import chance, plot_ranking, rank_all, rank_classes
+from .retrieve import PROTOCOLS as SIZES_OF_PLACES, SETUPS, chance, plot_ranking, rank_all, rank_classes, read_truth, retrieve_places
 from .score import knn_sweep, neighbours, pixels, votes
 from .segment import davis, fresh, interval, plot_segment, scenes_of, segment
 from .stream import Streamed
@@ -40,14 +40,23 @@ class Task:
         inits: int = 3, # untrained networks beside it
         seed: int = 0, # of splits, draws and copies
         davis: Path | str | None = None, # folder or archive in the layout of DAVIS-2016
+        places: Path | str | None = None, # folder with gnd_roxford5k.json or gnd_rparis6k.json and jpg/ beside it
+        copydays: Path | str | None = None, # folder with original/ and strong/
+        beside: Mapping[str, nn.Module] | None = None, # other trained networks by name, with patches of the same size
     ):
         if inits < 1:
             raise ValueError(f"{inits} untrained networks are nothing to compare with: take one or more")
         for pictures in (train, val):
             if pictures is None or pictures.labels is None:
                 raise ValueError(f"{pictures.name if pictures else 'this set'!r} has no labels: there is nothing to score against")
-        self.recipe, self.size, self.device, self.seed, self.davis = found.recipe, found.recipe.global_size, device, seed, davis
-        self.nets: dict[str, list[nn.Module]] = dict(trained=[found.net.to(device)], untrained=[net.to(device) for net in fresh(found.recipe, range(inits))])
+        others = dict(beside or {})
+        for name, net in others.items():
+            if name in ("trained", "untrained") or getattr(net, "patch_size", None) != getattr(found.net, "patch_size", None):
+                raise ValueError(f"{name!r} cannot stand beside this network: give it another name than trained or untrained, and patches of the same size")
+        self.recipe, self.size, self.device, self.seed = found.recipe, found.recipe.global_size, device, seed
+        self.davis, self.places, self.copydays = davis, places, copydays
+        named = dict(trained=[found.net]) | {name: [net] for name, net in others.items()} | dict(untrained=fresh(found.recipe, range(inits)))
+        self.nets: dict[str, list[nn.Module]] = {name: [net.to(device).eval() for net in several] for name, several in named.items()}
         self.train, self.val, self.speed = train, val, 0.0
         self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -251,7 +260,7 @@ def _judge_attention(task: Task) -> Section:
     scenes = davis(task.davis, task.size, patch_size) if task.davis else scenes_of(task.val, task.size, patch_size)
     found = segment(task.nets, scenes, patch_size)
     m, rows = found["metrics"], []
-    for name in ("trained", "untrained", "gaussian", "area"):
+    for name in (*task.nets, "gaussian", "area"):
         told = "" if name == "trained" else _told(m, f"less_{name}")
         rows.append({"network": dict(gaussian="a blob in the middle", area="everything is object").get(name, name),
                      "score (%)": _span(m, f"jaccard_{name}"), "trained less this": told})
@@ -286,6 +295,36 @@ def _told(metrics: Mapping, name: str) -> str:
     low, high = metrics[f"{name}_interval"]
     return f"{_span(metrics, name)} {_word(low, high)}"
 
+# %% ../nbs/17b_judge.ipynb #elsewhere
+def _judge_places(task: Task) -> Section:
+    "The revisited Oxford and Paris, whichever is there, each read at the size and the scales of the released script."
+    section = Section()
+    for place, file in _truths(task).items():
+        truth = read_truth(file)
+        for name, (net, *_) in task.nets.items():
+            metrics = retrieve_places(net, file.parent, truth, **SIZES_OF_PLACES[place])["metrics"]
+            section.rows.append({"photos": place, "network": name} | {f"mAP {setup} (%)": f"{metrics[f'map_{setup}']:.1f}" for setup in SETUPS})
+            section.metrics |= {f"{place}_{name}_{key}": value for key, value in metrics.items()}
+        by_chance = ", ".join(f"{setup} {metrics[f'chance_{setup}']:.1f}" for setup in SETUPS)
+        section.said.append(f"{place}: {len(truth.queries)} queries, {len(truth.images):,} photos. A random order would score {by_chance} %.")
+    return section
+
+
+def _truths(task: Task) -> dict[str, Path]:
+    "The ground truths in the folder of places."
+    found = {place: sorted(Path(task.places).expanduser().rglob(f"gnd_{place}.json")) for place in SIZES_OF_PLACES} if task.places else {}
+    return {place: files[0] for place, files in found.items() if files}
+
+
+def _judge_copydays(task: Task) -> Section:
+    "The copies of Copydays, whitened by what the network has learnt from, among the pictures to score on."
+    made = copydays(task.copydays)
+    found = copy_detection(task.nets, made, task.val, task.size, learn=task.train, device=task.device)
+    rows, metrics = compare(found["ap"], made.source.tolist())
+    said = [f"{len(made.copies):,} strong copies each look for their original among {len(made.originals) + len(task.val):,} pictures. "
+            f"A random order would score {found['metrics']['chance']:.1f} %. Whitening is learnt from {len(task.train):,} pictures."]
+    return Section(said, rows, metrics | found["metrics"], dict(example=plot_firsts(made, task.val, found["first"], 0)))
+
 # %% ../nbs/17b_judge.ipynb #protocols
 class Protocol(NamedTuple):
     "One way to judge."
@@ -305,6 +344,9 @@ PROTOCOLS = dict(
     low_shot=Protocol("Few labels", _judge_low_shot, lambda task: "" if _shares(task) else "a tenth of the labels would be one of each class"),
     retrieval=Protocol("Retrieval by class", _judge_retrieval),
     copies=Protocol("Copies", _judge_copies, lambda task: "" if task.val.channels == 3 else "copies are made of colour pictures"),
+    places=Protocol("The revisited Oxford and Paris", _judge_places, lambda task: "" if _truths(task) else
+                    "no gnd_roxford5k.json, no gnd_rparis6k.json; name the folder that holds one, and jpg/ beside it, with --places"),
+    copydays=Protocol("Copydays", _judge_copydays, lambda task: "" if task.copydays else "no Copydays; name the folder of original/ and strong/ with --copydays"),
     attention=Protocol("Attention as an outline", _judge_attention,
                        lambda task: _patches(task) or ("" if task.davis or task.val.masks is not None else "no masks; name DAVIS-2016 with --davis")),
     video=Protocol("Video segmentation", _judge_video, lambda task: _patches(task) or ("" if task.davis else "no videos; name DAVIS with --davis")),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .attention import crop_to_patches, visible
 from .augment import normalize
 from .core import permutation
-from .data import Pictures
+from .data import Pictures, counted
 from .files import decode
 from .score import features, neighbours
 from .segment import interval
@@ -198,7 +198,7 @@ def rank_all(query: Tensor, # features, `[M, D]`
     return order[neighbours(query, database[order.to(database.device)], len(database))[1].cpu()]
 
 # %% ../nbs/14_retrieve.ipynb #retrieve-places
-PROTOCOLS = dict(roxford5k=dict(longer=224, scales=(1.0,)), rparis6k=dict(longer=512, scales=SCALES))  # README of the released code
+PROTOCOLS: dict[str, dict] = dict(roxford5k=dict(longer=224, scales=(1.0,)), rparis6k=dict(longer=512, scales=SCALES))  # README of the released code
 
 
 def find_photos(folder: Path | str, # it, or a folder in it, holds NAME.jpg
@@ -225,7 +225,8 @@ def retrieve_places(net: nn.Module, # `[1, C, h, w]` -> `[1, D]`
     paths = find_photos(folder, [*truth.queries, *truth.images])
 
     def points(names, boxes):
-        return torch.stack([descriptor(net, photo(decode(paths[name]), longer, box), scales) for name, box in zip(names, boxes)])
+        pairs = counted(zip(names, boxes), len(names), "photos")
+        return torch.stack([descriptor(net, photo(decode(paths[name]), longer, box), scales) for name, box in pairs])
 
     database = points(truth.images, [None] * len(truth.images))
     queries = points(truth.queries, truth.boxes if crop else [None] * len(truth.queries))

@@ -115,9 +115,10 @@ def overheated(net):
 
 
 def test_score(run, tmp_path, capsys):
-    main(["score", str(run), "--data", "shapes:100", "--protocols", "knn", "--inits", "1", "--out", str(tmp_path / "judged")])
+    main(["score", str(run), "--data", "shapes:100", "--protocols", "knn", "--inits", "1", "--beside", f"twin={run}", "--out", str(tmp_path / "judged")])
     said, found = capsys.readouterr().out, json.loads((tmp_path / "judged" / "report.json").read_text())
     assert "trained less this" in said and "50 tensors loaded" in said and str(tmp_path / "judged" / "index.html") in said
+    assert found["protocols"]["knn"]["less_twin"] == 0
     assert {"trained", "untrained", "pixels"} <= found["protocols"]["knn"].keys() and found["facts"]["data"] == "shapes val"
     assert "no protocol kmeans" in refused("score", str(run), "--protocols", "kmeans")
 

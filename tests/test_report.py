@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from dino_edu import retrieve
 from dino_edu.data import Pictures, load
 from dino_edu.judge import PROTOCOLS, Protocol, Section, Task, choose_protocols, compare, plot_confusion, plot_neighbours, seen_before
 from dino_edu.report import markdown_table, published, report, write_report
+from dino_edu.vit import vit
 from dino_edu.weights import find_encoder
 
 
@@ -191,6 +193,61 @@ def test_published_tables():
     assert {"method": "DINO", "architecture": "ViT-S", "parameters": 21, "images_per_second": 1007, "linear": 77.0, "knn": 74.5} in frameworks
     assert {title.split(",")[0]: len(rows) for title, rows in tables.items()} == {
         "Frameworks": 15, "Across architectures": 10, "Retrieval": 5, "Copies": 5, "Transfer by fine-tuning": 4, "Video segmentation": 5}
+
+
+@pytest.fixture
+def oxford(tmp_path):
+    "Six photos in two colours, two queries."
+    (tmp_path / "oxford" / "jpg").mkdir(parents=True)
+    for name, colour in dict(a="red", b="red", c="darkred", d="blue", e="blue", f="navy", q="red", r="blue").items():
+        Image.new("RGB", (40, 32), colour).save(tmp_path / "oxford" / "jpg" / f"{name}.jpg", quality=95)
+    gnd = [dict(bbx=[0, 0, 40, 32], easy=[0, 1], hard=[2], junk=[]), dict(bbx=[0, 0, 40, 32], easy=[3, 4], hard=[5], junk=[])]
+    (tmp_path / "oxford" / "gnd_roxford5k.json").write_text(json.dumps(dict(imlist=list("abcdef"), qimlist=["q", "r"], gnd=gnd)))
+    return tmp_path / "oxford"
+
+
+def test_places(task, oxford):
+    found = find_encoder("shapes_vit_nano")
+    assert "name the folder" in PROTOCOLS["places"].lacks(task) and "gnd_roxford5k" in PROTOCOLS["places"].lacks(Task(found, task.train, task.val, inits=1, places=oxford / "jpg"))
+    here = Task(found, task.train, task.val, inits=2, places=oxford)
+    assert not PROTOCOLS["places"].lacks(here)
+    section = PROTOCOLS["places"].judge(here)
+    wanted = retrieve.retrieve_places(found.net, oxford, retrieve.read_truth(oxford / "gnd_roxford5k.json"), **retrieve.PROTOCOLS["roxford5k"])["metrics"]
+    assert section.metrics["roxford5k_trained_map_medium"] == pytest.approx(wanted["map_medium"]) and wanted["map_easy"] == 100
+    assert [(row["photos"], row["network"], row["mAP easy (%)"]) for row in section.rows][0] == ("roxford5k", "trained", "100.0") and len(section.rows) == 2
+    assert "2 queries, 6 photos" in section.said[0]
+
+
+def test_copydays(task, tmp_path):
+    "Its layout, from pictures of our own: the copies are crops."
+    for i in range(6):
+        image = to_pil_image(task.val[i])
+        for name, picture in {f"original/20{i:02}00": image, f"strong/20{i:02}01": image.crop((4, 4, 44, 44))}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            picture.save(tmp_path / f"{name}.jpg", quality=95)
+    rest = task.val.subset(range(6, len(task.val)))
+    here = Task(find_encoder("shapes_vit_nano"), task.train, rest, inits=1, copydays=tmp_path)
+    section = PROTOCOLS["copydays"].judge(here)
+    assert section.metrics["trained"] > 3 * section.metrics["chance"] and section.metrics["queries"] == 6
+    assert f"among {6 + len(rest)}" in section.said[0] and "example" in section.figures
+    assert "original/" in PROTOCOLS["copydays"].lacks(task)
+
+
+def test_another_network_beside_it(task):
+    "In every protocol that these pictures allow; the first is compared with it, pair by pair."
+    found = find_encoder("shapes_vit_nano")
+    twin = Task(found, task.train, task.val, inits=1, beside=dict(twin=found.net))
+    assert list(twin.nets) == ["trained", "twin", "untrained"]
+    for name, protocol in PROTOCOLS.items():
+        if name == "low_shot" or protocol.lacks(twin):
+            continue
+        section = protocol.judge(twin)
+        row = next(row for row in section.rows if row["network"] == "twin")
+        assert row["trained less this"].startswith("0.0 [0.0, 0.0]"), name
+    with pytest.raises(ValueError, match="'untrained' cannot stand beside"):
+        Task(found, task.train, task.val, beside=dict(untrained=found.net))
+    with pytest.raises(ValueError, match="patches of the same size"):
+        Task(found, task.train, task.val, beside=dict(coarse=vit("vit_nano", img_size=32, patch_size=8)))
 
 
 def test_score_on_davis(shared_data, task, tmp_path):
