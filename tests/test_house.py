@@ -251,7 +251,8 @@ def test_forms():
         assert {"name", "description", "body"} <= forms[name].keys() and "dino-edu doctor" in str(forms[name])
     release = forms["release.yml"]
     assert release["permissions"] == {"contents": "read"} and release["jobs"]["publish"]["permissions"] == {"id-token": "write"}
-    assert "twine check --strict" in str(release["jobs"]["build"]) and release["jobs"]["publish"]["needs"] == "build"
+    assert "make stranger" in str(release["jobs"]["build"]) and release["jobs"]["publish"]["needs"] == "build"
+    assert "twine check --strict" in (ROOT / "tests" / "stranger.sh").read_text()
 
 
 def test_everything_in_data_is_accounted_for():
