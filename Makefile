@@ -7,7 +7,7 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 TOOLS := .venv/.tools
 
-.PHONY: help demo figures test stranger cover install lab docs export readme full hooks clean
+.PHONY: help demo figures gpu test stranger cover install lab docs export readme full hooks clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,9 @@ demo: $(PACKAGE)  ## train a small DINO on generated pictures and show what it h
 
 figures: $(PACKAGE)  ## draw the README's picture anew, from the snapshots that ship
 	$(BIN)/dino-edu poster --out nbs/images/poster.png --dpi 110
+
+gpu:  ## what one GPU shows, without an environment: make gpu PART=bench IMAGENETTE=FOLDER (data/gpu.sh says more)
+	PYTHONPATH=.:$(PYTHONPATH) data/gpu.sh "$(PART)" "$(IMAGENETTE)" "$(or $(OUT),runs/gpu)"
 
 test: $(TOOLS)  ## everything that CI runs: lint, every notebook, the house rules
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
 """The commands that the documents print: run as they stand, or dry, or listed with the reason why not. A new one cannot be forgotten."""
+import os
 import re
 import shlex
 import subprocess
@@ -9,8 +10,11 @@ import torch
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from dino_edu.cli import main
-from dino_edu.recipe import encoder, method
+from dino_edu.cli import Ablate, Bench, Score, Training, main
+from dino_edu.look import Segment
+from dino_edu.recipe import PRESETS, encoder, method
+from dino_edu.rows import select
+from dino_edu.take import Transfer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,3 +126,38 @@ def test_recipes(path):
         names = {}
         exec(text, names)
         assert method(names["recipe"]).encoders()["teacher"].embed_dim == encoder(names["recipe"]).embed_dim
+
+
+# What one GPU shows
+
+def part_by_part(part, tmp_path, **environment):
+    "Run gpu.sh with a `python3` that writes down what it is asked for, and ends well."
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    program = tmp_path / "bin" / "python3"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked.txt\n')
+    program.chmod(0o755)
+    known = os.environ | dict(PATH=f"{program.parent}:{os.environ['PATH']}", **environment)
+    return subprocess.run(["bash", ROOT / "data" / "gpu.sh", part, "PICTURES", str(tmp_path / "out")], env=known, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("part, least", [("bench", 4), ("tables", 2), ("weights", 3), ("best", 3), ("siamese", 1), ("transfer", 1)])
+def test_the_gpus_commands_are_understood(part, least, tmp_path, monkeypatch):
+    "Every option is one that there is, and every row; what was done is not done again."
+    assert part_by_part(part, tmp_path, DAVIS="DAVIS", EPOCHS="200").returncode == 0
+    asked, seen = (tmp_path / "asked.txt").read_text().splitlines(), []
+    assert len(asked) == least and all(line.startswith("-m dino_edu.cli ") for line in asked)
+    for command in (Training, Bench, Score, Segment, Transfer):
+        monkeypatch.setattr(command, "__call__", lambda run: seen.append(run))
+    monkeypatch.setattr(Ablate, "__call__", lambda table: seen.append(select(PRESETS[table.base](), table.table, table.rows)))
+    for line in asked:
+        main(line.split()[2:])
+    assert len(seen) == least
+    assert part_by_part(part, tmp_path).returncode == 0
+    again = len((tmp_path / "asked.txt").read_text().splitlines()) - least
+    assert again == (0 if part in ("bench", "weights", "best") else least)   # the others know by themselves what is finished
+
+
+def test_the_gpus_time_is_limited(tmp_path):
+    done = part_by_part("bench", tmp_path, MINUTES="0")
+    assert done.returncode == 75 and "run the same again" in done.stderr and not (tmp_path / "asked.txt").exists()
+    assert part_by_part("dance", tmp_path).returncode == 2
