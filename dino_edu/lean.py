@@ -8,6 +8,7 @@ __all__ = ['BACKGROUNDS', 'MEASURES', 'swaps', 'spread', 'shift', 'follows_objec
 
 # %% ../nbs/08f_lean.ipynb #imports
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -132,13 +133,13 @@ def plot_lean(lines: Sequence[dict]): # of rows.jsonl, table lean
     figure = Figure(figsize=(9, 3.6), dpi=80, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     rows = list(dict.fromkeys(line["row"] for line in lines))
-    for i, row in enumerate(rows):
-        mine, colour = [line["metrics"] for line in lines if line["row"] == row], f"C{i}"
+    for i, (row, (colour, marker)) in enumerate(zip(rows, cycle([("tab:blue", "o"), ("tab:orange", "s"), ("0.6", "^"), ("black", "D")]))):
+        mine = [line["metrics"] for line in lines if line["row"] == row]
         for axes, keys in ((left, [f"knn_{name}" for name in BACKGROUNDS]), (right, ["object_same_class", "object_other_class"])):
             places = [x + 0.05 * (i - (len(rows) - 1) / 2) for x in range(len(keys))]
-            axes.plot(places, [sum(m[key] for m in mine) / len(mine) for key in keys], "-", color=colour, lw=1, alpha=0.6, label=row)
-            for m in mine:
-                axes.plot(places, [m[key] for key in keys], "o", color=colour, ms=4.5, mec="none")
+            axes.plot(places, [sum(m[key] for m in mine) / len(mine) for key in keys], "-", color=colour, lw=1, alpha=0.6)
+            for n, m in enumerate(mine):
+                axes.plot(places, [m[key] for key in keys], marker, color=colour, ms=4.5, mec="none", label="" if n else row)
     left.set_xticks(range(len(BACKGROUNDS)), BACKGROUNDS.values(), fontsize=8)
     left.axhline(100 / len(NAMES), color="0.5", ls=":", lw=1)
     left.set(ylim=(0, 102), ylabel="k-NN top-1 (%)", title="what k-NN still knows\nof a picture with this background")
