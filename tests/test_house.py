@@ -1,5 +1,6 @@
 """The rules that CONTRIBUTING.md states, held by a test. One chapter's: `pytest tests/test_house.py -k 06_loss`."""
 import ast
+import base64
 import configparser
 import io
 import json
@@ -14,8 +15,10 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -27,6 +30,8 @@ LIBRARIES = {"torch", "torchvision", "timm", "numpy", "PIL", "safetensors"}
 MORE_LIBRARIES = {"cli": {"tyro"}, "look": {"tyro"}, "take": {"tyro"}, "picker": {"anywidget", "traitlets"}, "map": {"ipywidgets", "matplotlib"}, "explore": {"ipywidgets", "matplotlib"}}
 LINES_OF_CODE = 250
 MEGABYTE = 2**20
+GREEN, ALIKE = (44, 160, 44), dict(orange=(255, 127, 14), red=(214, 39, 40), brown=(140, 86, 75))  # matplotlib's
+CLASS_MAPS = {("08g_map", "still-map"), ("08i_dense", "labels-picture"), ("08i_dense", "picture"), ("17_explore", "still-map")}
 
 
 # Reading notebooks and modules
@@ -99,6 +104,36 @@ def test_cells_are_short(path):
     median = statistics.median(len(source.splitlines()) for source in sources(path, "code"))
     if median > 6:
         warnings.warn(f"{path.name}: half of its code cells have more than {median:g} lines", stacklevel=1)
+
+
+# Pictures
+
+@cache
+def pictures(path):
+    "Stored pictures of a notebook with the ids of their cells, uint8 `[H, W, 4]` each."
+    outputs = [(cell["id"], output.get("data", {}).get("image/png")) for cell in cells(path) for output in cell.get("outputs", [])]
+    return [(cell, np.asarray(Image.open(io.BytesIO(base64.b64decode("".join(png)))).convert("RGBA"))) for cell, png in outputs if png]
+
+
+@every_notebook
+def test_pictures_are_opaque(path):
+    "Each brings its own white paper: its black letters could not be read on a dark page."
+    assert not [cell for cell, picture in pictures(path) if picture[..., 3].min() < 255], "give the figure facecolor='white'"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "images").glob("*.png")), ids=lambda path: path.stem)
+def test_images_are_opaque(path):
+    assert np.asarray(Image.open(path).convert("RGBA"))[..., 3].min() == 255
+
+
+@every_notebook
+def test_colours_are_told_apart(path):
+    """No green beside orange, red or brown, as matplotlib gives them to a third and a fourth line: about one man in twelve hardly tells them apart.
+    Blue, orange, black and grey differ for nearly everyone. Maps of ten classes are let off: no ten colours do."""
+    for cell, picture in pictures(path):
+        amount = {name: (picture[..., :3] == colour).all(-1).sum() for name, colour in dict(green=GREEN, **ALIKE).items()}
+        alike = [name for name in ALIKE if amount[name] > 15]
+        assert amount["green"] <= 15 or not alike or (path.stem, cell) in CLASS_MAPS, f"{cell}: green and {', '.join(alike)}"
 
 
 # Imports
