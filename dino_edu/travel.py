@@ -54,8 +54,9 @@ def _flowers(root: Path, size: int | None) -> list[Streamed]:
     "Flowers-102: train and val together to learn from, test to score on."
     from torchvision.datasets import Flowers102
     train, more, test = (Flowers102(str(root), split) for split in ("train", "val", "test"))
-    return [_streamed(root, train._image_files + more._image_files, train._labels + more._labels, train.classes, "flowers102 train", size),
-            _streamed(root, test._image_files, test._labels, test.classes, "flowers102 val", size)]
+    names = getattr(train, "classes", [str(k) for k in range(102)])   # older releases of torchvision do not name them
+    return [_streamed(root, train._image_files + more._image_files, train._labels + more._labels, names, "flowers102 train", size),
+            _streamed(root, test._image_files, test._labels, names, "flowers102 val", size)]
 
 # %% ../nbs/15a_travel.ipynb #read-cars
 def _cars(root: Path, size: int | None) -> list[Streamed]:
