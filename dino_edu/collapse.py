@@ -160,7 +160,7 @@ def plot_course(axes, # of matplotlib
 @dataclass(frozen=True)
 class Finding:
     "Something wrong with a run."
-    name: str  # lost, uniform, dominated, collapsed, flat, swinging, unlearnt, same, worse
+    name: str  # lost, uniform, dominated, collapsed, few, flat, swinging, unlearnt, same, worse
     words: str  # what was read, what it means and what to do
 
     def __str__(self) -> str:
@@ -174,7 +174,7 @@ def diagnose(lines: list[dict], # of a run's log, finished or not
 ) -> list[Finding]: # none if all is well, or if it is too early to tell
     "What is wrong with a run, as far as its log tells."
     settled = _settled(lines, recipe)
-    found = [_lost(lines, error), _same(lines, recipe), _collapse(settled, recipe), _flat(settled, recipe),
+    found = [_lost(lines, error), _same(lines, recipe), _collapse(settled, recipe), _few(settled, recipe), _flat(settled, recipe),
              _swinging(settled, recipe), _unlearnt(settled, recipe), _worse(settled, lines)]
     return [finding for finding in found if finding is not None]
 
@@ -204,6 +204,15 @@ def _collapse(settled: list[dict], recipe: Recipe) -> Finding | None:
     )[kind]
     numbers = f"Loss {_late(settled, 'loss'):.3f}, ln K {math.log(recipe.out_dim):.3f}, KL(teacher, student) {_late(settled, 'kl'):.3f}."
     return Finding(kind, f"{says} {numbers} {_suspects(recipe, kind)}")
+
+
+def _few(settled: list[dict], recipe: Recipe) -> Finding | None:
+    "It is no collapse yet, but one or two prototypes answer for all pictures."
+    metrics = summarize(settled)
+    left = round(metrics.get("prototypes_used", 1.0) * recipe.out_dim)
+    if left > 2 or "prototypes_used" not in metrics or verdict(metrics) != "none":
+        return None
+    return Finding("few", f"Nearly a collapse: {left} of {recipe.out_dim} prototypes answer for all pictures. {_suspects(recipe, 'dominated')}")
 
 
 def _late(settled: list[dict], name: str) -> float:

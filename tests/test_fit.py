@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -328,12 +329,12 @@ WORDS = ["train", "shapes", "--data", "shapes:64", "--steps", f"{STEPS}", "--bat
          "--patch-size", "8", "--n-local", "2", "--drop-path", ".2", "--out-dim", "64", "--hidden", "64", "--bottleneck", "32", "--device", "cpu"]
 
 
-def command(out, words, limit):
-    "`dino-edu` in a process of its own, what it says in two files beside the run's folder."
+def command(out, talk, words, limit):
+    "`dino-edu` in a process of its own, what it says in two files of a folder that is never full."
     if limit:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.stdout, sys.stderr = (open(f"{out}.{name}", "w") for name in ("said", "complained"))
+    sys.stdout, sys.stderr = (open(talk / name, "w") for name in ("said", "complained"))
     main([*WORDS, "--out", str(out), *words])
 
 
@@ -341,7 +342,8 @@ class Command:
     "A process that runs the command; forked from one that has imported everything, so that it starts at once."
 
     def __init__(self, server, out, *words, limit=None):
-        self.out, self.process = Path(out), server.Process(target=command, args=(out, words, limit))
+        self.out, self.talk = Path(out), Path(tempfile.mkdtemp())
+        self.process = server.Process(target=command, args=(out, self.talk, words, limit))
         self.began = self.progress()
         self.process.start()
 
@@ -371,7 +373,7 @@ class Command:
         return self.process.exitcode
 
     def complaint(self):
-        return Path(f"{self.out}.complained").read_text()
+        return (self.talk / "complained").read_text()
 
 
 @pytest.fixture(scope="module")
