@@ -31,12 +31,14 @@ def of_table(lines: Iterable[dict], # of rows.jsonl, of any table and base
     table: str, # its name
     rows: Mapping[str, Row], # of the table
 ) -> list[dict]: # named after the table and its rows, of each row and seed the first
-    "The runs that make up a table, found by their recipes."
+    "The runs that make up a table, found by their recipes. Where it has runs of its own, other tables lend theirs of the same seeds only."
     lines = list(lines)
+    seeds = {line["seed"] for line in lines if line["table"] == table} or {line["seed"] for line in lines}
     found: dict[tuple[str, int], dict] = {}
     for job in plan(base, table, rows, [0], Path()):
         for line in find(lines, job.recipe):
-            found.setdefault((job.row, line["seed"]), line | dict(table=table, row=job.row))
+            if line["seed"] in seeds:
+                found.setdefault((job.row, line["seed"]), line | dict(table=table, row=job.row))
     return list(found.values())
 
 # %% ../nbs/10_ablate.ipynb #difference

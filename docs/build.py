@@ -94,7 +94,7 @@ def collect(folder: Path) -> None:
     for name, text in written.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    copied = [path for pattern in ("C*.md", "S*.md", "CITATION.cff", "LICENSE", "docs/*.md", "data/*.md", "data/*.jsonl", "nbs/images/*", "results/*.png") for path in ROOT.glob(pattern)]
+    copied = [path for pattern in ("C*.md", "S*.md", "CITATION.cff", "LICENSE", "docs/*.md", "data/*.md", "data/*.jsonl", "data/*.sh", "nbs/images/*", "results/*.png") for path in ROOT.glob(pattern)]
     for path in copied:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,13 @@ trap 'rm -rf "$place"' EXIT
 cd "$place"
 
 step() {  # a name, then a command: run it, say how long it took
-  local name=$1 began=$SECONDS
+  local name=$1 began=$SECONDS status
   shift
-  if ! "$@" > output.txt 2>&1 < /dev/null; then
+  set +e   # a condition would switch it off inside the command, too
+  (set -e; "$@") > output.txt 2>&1 < /dev/null
+  status=$?
+  set -e
+  if [ "$status" != 0 ]; then
     tail -n 40 output.txt
     echo "stranger: $name failed" >&2
     exit 1

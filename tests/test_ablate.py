@@ -121,6 +121,12 @@ def test_a_run_is_found_by_its_recipe():
     assert [each["row"] for each in of_table(lines, BASE, "refresh", refresh())] == ["every_1"]
 
 
+def test_a_table_of_its_own_borrows_its_own_seeds_only():
+    "Seeds that other tables were tuned on do not slip in."
+    lines = [line("momentum", seed, table="teacher") for seed in (100, 101)] + [line("no_momentum", seed, changes=dict(teacher="student_copy")) for seed in (1, 100)]
+    assert sorted((each["row"], each["seed"]) for each in of_table(lines, BASE, "teacher", teacher())) == [("momentum", 100), ("momentum", 101), ("student_copy", 100)]
+
+
 def test_reference():
     assert {name: reference_of(rows) for name, rows in tables(BASE).items() if name in ("component", "teacher", "teacher_no_bn", "collapse_no_bn", "refresh", "center_momentum")} == dict(
         component="dino", teacher="momentum", teacher_no_bn="momentum_no_bn", collapse_no_bn="both_no_bn", refresh="every_1", center_momentum="0.9")
