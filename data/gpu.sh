@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What one GPU shows, part by part:  gpu.sh PART IMAGENETTE [OUT]
 #   bench     images/s, memory and share of the matrix rate, beside the plain loop: ViT-S/16 and the small-picture preset
-#   tables    the component and the teacher table, one seed; SEEDS=3 for more, EPOCHS=200 for longer ones
+#   tables    the component and the teacher table, one seed; SEEDS=3 for more, STEPS=14800 for runs of another length
 #   weights   a small ViT to ship, with snapshots, its report and its course
 #   best      ViT-S/8 at 128 pixels: the highest k-NN that Imagenette gives
 #   siamese   Siamese Image Modeling beside DINO and a masked autoencoder
@@ -37,7 +37,7 @@ once() {  # the same, unless it was done before: a name for it, then the command
 
 table() {  # of the laboratory
   run ablate "$@" --base imagenette --data "$pictures" --cache "$out/cache" --jobs "${JOBS:-3}" --seeds "${SEEDS:-1}" \
-    --out "$out" --runs "$out/runs" ${EPOCHS:+--steps $((EPOCHS * 74))} "${more[@]}"
+    --out "$out" --runs "$out/runs" ${STEPS:+--steps "$STEPS"} "${more[@]}"
 }
 
 learn() {  # a run with a name, then its judgement

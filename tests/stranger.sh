@@ -29,7 +29,7 @@ build() {
   git -C "$checkout" archive HEAD | tar -x --one-top-level=source  # what is committed, and nothing else
   tools/bin/python -m build --outdir dist source
   tools/bin/python -m twine check --strict dist/*
-  [ "$(find dist -name '*.whl' -size -25000k | wc -l)" = 1 ] && [ "$(find dist -name '*.tar.gz' -size -25000k | wc -l)" = 1 ]
+  [ "$(find dist -name '*.whl' -size -25000000c | wc -l)" = 1 ] && [ "$(find dist -name '*.tar.gz' -size -25000000c | wc -l)" = 1 ]
 }
 
 install() {

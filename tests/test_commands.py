@@ -143,7 +143,7 @@ def part_by_part(part, tmp_path, **environment):
 @pytest.mark.parametrize("part, least", [("bench", 4), ("tables", 2), ("weights", 3), ("best", 3), ("siamese", 1), ("transfer", 1)])
 def test_the_gpus_commands_are_understood(part, least, tmp_path, monkeypatch):
     "Every option is one that there is, and every row; what was done is not done again."
-    assert part_by_part(part, tmp_path, DAVIS="DAVIS", EPOCHS="200").returncode == 0
+    assert part_by_part(part, tmp_path, DAVIS="DAVIS", STEPS="200").returncode == 0
     asked, seen = (tmp_path / "asked.txt").read_text().splitlines(), []
     assert len(asked) == least and all(line.startswith("-m dino_edu.cli ") for line in asked)
     for command in (Training, Bench, Score, Segment, Transfer):
