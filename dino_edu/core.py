@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['softmax', 'log_softmax', 'full_precision', 'entropy', 'kl', 'cosine', 'ramp', 'warmup_cosine', 'seed_everything',
            'keys', 'uniform', 'permutation', 'distributed', 'rank', 'world_size', 'sum_over_ranks', 'mean_over_ranks',
-           'gather_rows', 'BatchNorm', 'across_ranks', 'asset', 'pick_device', 'multiplies_bf16']
+           'gather_rows', 'BatchNorm', 'across_ranks', 'asset', 'pick_device', 'multiplies_bf16', 'keep_memory']
 
 # %% ../nbs/00_core.ipynb #import-math
+import ctypes
 import math
 import os
+import platform
 import random
 from functools import cache
 from pathlib import Path
@@ -269,3 +271,13 @@ def _product_time(device: str, dtype: torch.dtype) -> float:
         (x @ x)[0, 0].item()
         times.append(perf_counter() - start)
     return min(times)
+
+# %% ../nbs/00_core.ipynb #def-keep-memory
+def keep_memory(keep: bool = True) -> bool: # whether the C library could be told: glibc can
+    "Let this process keep memory that tensors on the CPU leave, instead of giving it back to the system; or give it back again."
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3   # glibc's numbers of what can be set
+    mallopt = ctypes.CDLL(None).mallopt
+    free_at_the_end, own_mapping = (2**30, 2**25) if keep else (2**17, 2**17)   # bytes; by default both start at 2**17
+    return bool(mallopt(trim_threshold, free_at_the_end) and mallopt(mmap_threshold, own_mapping))

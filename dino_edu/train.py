@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .augment import Views
-from .core import BatchNorm, cosine, distributed, keys, multiplies_bf16, permutation, rank, warmup_cosine, world_size
+from .core import BatchNorm, cosine, distributed, keep_memory, keys, multiplies_bf16, permutation, rank, warmup_cosine, world_size
 from .data import Pictures
 from .loss import CrossEntropy
 from .methods import Learner
@@ -142,9 +142,9 @@ def clip_each(parameters: Iterable[Tensor], # those with a gradient count
 ) -> Tensor: # norm of the whole gradient before clipping, scalar
     "Clip every tensor's gradient by its own norm, as the authors' code does (not the norm of all together)."
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    torch._foreach_mul_(gradients, [(limit / (norm + 1e-6)).clamp(max=1) for norm in norms])
-    return torch.stack(norms).norm()
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1).unbind())
+    return norms.norm()
 
 # %% ../nbs/09_train.ipynb #step
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def train(method: Learner, # `forward(views, t)` and `after_step(t)`
     start: int = 0, # steps already done
 ) -> Iterator[Step]:
     "The loop: logging, evaluating and stopping are the body of the caller's `for`. FloatingPointError before a step that is not finite."
+    keep_memory()   # of tensors on the CPU, for the next step
     method.train()
     learning = [p for p in method.parameters() if p.requires_grad]
     forward = parallel(method)

@@ -90,8 +90,8 @@ def attend(q: Tensor, # queries, `[B, heads, N, d]`
     k: Tensor, # keys, same shape
     v: Tensor, # values, same shape
 ) -> Tensor: # `[B, heads, N, d]`
-    "softmax(q k^T / sqrt(d)) v: fused, except on a CPU that will need the gradient, where fused bfloat16 is several times slower."
-    if q.is_cuda or not q.requires_grad:
+    "softmax(q k^T / sqrt(d)) v: fused, except on a CPU in bfloat16 or for a gradient, where the plain products are faster."
+    if q.is_cuda or not (q.requires_grad or q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v)
     return attention_weights(q, k) @ v
 
