@@ -75,6 +75,7 @@ class Segment:
     size: int | None = None  # shorter side in pixels; by default that of the views it learnt from
     seed: int | None = None  # of its run; by default what the run's folder says. It decides which shapes are new to the network
     inits: int = 5  # untrained networks beside it
+    layers: Literal["last", "all"] = "last"  # where the class token's look is taken: the last layer, as in the paper, or that which is best on other pictures
     patches: bool = False  # read single patches too: object or background, learnt from other pictures or videos (chapter 08i)
     device: str = "auto"  # auto, cpu, cuda, ...
     out: Path = Path("segment.png")  # the figure
@@ -92,7 +93,7 @@ class Segment:
         from dino_edu.weights import find_encoder
         code, preset = commit(), named(PRESETS, self.base, "preset")()
         net, recipe, loaded = find_encoder(self.weights)
-        found = measure(net, recipe, self.data, self._seed(), self.size, self.inits, self.device)
+        found = measure(net, recipe, self.data, self._seed(), self.size, self.inits, self.device, self.layers)
         print(segment_markdown([found | dict(row=self.row)]))
         if self.patches:
             found["metrics"] |= self._patches(net, recipe, found["size"])
@@ -100,7 +101,7 @@ class Segment:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
         figure.savefig(self.out, dpi=150)
         if self.record:
-            record(self.record, found, self.table, self.row, self.base, changes(preset, recipe), code, curves=found["curves"], size=found["size"])
+            record(self.record, found, self.table, self.row, self.base, changes(preset, recipe), code, curves=found["curves"], size=found["size"], layers=found["layers"])
         print(f"the sweep over the mass is {self.out}")
         print(loaded)
 

@@ -153,9 +153,13 @@ SWEEP = (*MASSES, 0.97, 0.99)  # shares of the mass; a sharp network's best mask
 def look(net: nn.Module, # one of our vision transformers
     scenes: Iterable[Scene], # what to look at
     masses: Sequence[float] = SWEEP, # M shares of the mass to try
-) -> Tensor: # in 0..1, `[objects, M, heads]`
-    "Jaccard of the class token's thresholded attention with every object, for every mass and head of the last layer."
-    rows = [jaccard_table(attention_maps(net, s.image)[None].expand(len(s.masks), -1, -1, -1), s.masks, masses) for s in scenes]
+    layers: Sequence[int] = (-1,), # blocks to try; the paper takes the last alone
+) -> Tensor: # in 0..1, `[objects, M, maps]`: all heads of the first of the layers, then of the next, ...
+    "Jaccard of the class token's thresholded attention with every object, for every mass, layer and head."
+    rows = []
+    for s in scenes:
+        maps = torch.cat([attention_maps(net, s.image, layer) for layer in layers])
+        rows.append(jaccard_table(maps[None].expand(len(s.masks), -1, -1, -1), s.masks, masses))
     return torch.cat(rows, 1).transpose(0, 1)
 
 # %% ../nbs/08e_segment.ipynb #rivals
@@ -240,10 +244,11 @@ def segment(nets: Mapping[str, Sequence[nn.Module]], # by name; of several netwo
     scenes: Sequence[Scene], # of two groups or more
     patch_size: int, # side of a patch in pixels
     folds: int = 5, # parts for the choice of head and mass
+    layers: Sequence[int] = (-1,), # blocks among which the choice is, too
 ) -> dict: # `metrics` in percent, and `curves` over `masses`: triples of mean and interval
     "Jaccard of every network and rival, head and mass chosen on other groups; the paired difference to each; oracles."
     groups = [s.group for s in scenes for _ in s.masks]
-    tables = {name: [look(net, scenes) for net in several] for name, several in nets.items()} | dict(gaussian=[blob(scenes, patch_size)])
+    tables = {name: [look(net, scenes, layers=layers) for net in several] for name, several in nets.items()} | dict(gaussian=[blob(scenes, patch_size)])
     scores = {name: _average(crossfit(t.flatten(1), groups, folds)[0] for t in several) for name, several in tables.items()}
     first, scores["area"] = next(iter(nets)), area(scenes)
     metrics: dict[str, Any] = dict(objects=len(groups), groups=len(set(groups)), choices=_choices(tables[first][0], groups, folds))
@@ -277,7 +282,7 @@ def _triple(values: Tensor, groups: Sequence[str]) -> list[float]:
 
 
 def _choices(table: Tensor, groups: Sequence[str], folds: int) -> list[list]:
-    "The pairs of mass and head that the folds chose, without repeats."
+    "The pairs of mass and map that the folds chose, without repeats."
     chosen = crossfit(table.flatten(1), groups, folds)[1].unique().tolist()
     return [[SWEEP[c // table.shape[2]], c % table.shape[2]] for c in chosen]
 
@@ -333,7 +338,8 @@ def measure(net: nn.Module, # a trained vision transformer
     size: int | None = None, # shorter side in pixels; None: that of the views it learnt from
     inits: int = 5, # untrained networks beside it
     device: str = "cpu", # auto, cpu, cuda
-) -> dict: # what `run.record` wants, and `curves`, `size`
+    layers: str = "last", # which may be chosen: last or all
+) -> dict: # what `run.record` wants, and `curves`, `size`, `layers`
     "Trained against untrained, blob and area on one set of pictures."
     place, began, size = pick_device(device), time.monotonic(), size or recipe.global_size
     if not hasattr(net, "patch_size"):
@@ -341,21 +347,22 @@ def measure(net: nn.Module, # a trained vision transformer
     patch_size = as_vit(net).patch_size
     scenes, name = read_scenes(source, size, patch_size, seed)
     nets: dict[str, list[nn.Module]] = dict(trained=[net.to(place)], untrained=[other.to(place) for other in fresh(recipe, range(inits))])
+    blocks = range(len(as_vit(net).blocks)) if layers == "all" else (-1,)
     seconds = time.monotonic() - began
     return dict(seed=seed, recipe=asdict(recipe), data=name, device=place.type, seconds=round(seconds, 1), images_per_second=None,
-                size=size, **segment(nets, scenes, patch_size))
+                size=size, layers=layers, **segment(nets, scenes, patch_size, layers=blocks))
 
 # %% ../nbs/08e_segment.ipynb #markdown
 def segment_markdown(lines: Iterable[dict], # of rows.jsonl, table segment
 ) -> str:
     "A table in Markdown: a line a row, Jaccard in percent with 95 % intervals over groups, differences paired."
-    header = ["network", "seed", "pictures", "px", "groups", "area", "blob", "untrained", "trained", "trained less untrained", "trained less blob", "oracle: best choice", "oracle: best head of each, 60 % (best mass)"]
+    header = ["network", "seed", "pictures", "px", "layers", "groups", "area", "blob", "untrained", "trained", "trained less untrained", "trained less blob", "oracle: best choice", "oracle: best head of each, 60 % (best mass)"]
     body = []
     for line in lines:
         m, curves = line["metrics"], line["curves"]
         at_60 = curves["oracle_trained"][curves["masses"].index(0.6)][0]
         spans = [f"{m[key]:.1f} [{m[key + '_interval'][0]:.1f}, {m[key + '_interval'][1]:.1f}]" for key in
                  ("jaccard_gaussian", "jaccard_untrained", "jaccard_trained", "less_untrained", "less_gaussian")]
-        body.append([line["row"], str(line["seed"]), line["data"], str(line["size"]), str(m["groups"]), f"{m['jaccard_area']:.1f}", *spans,
+        body.append([line["row"], str(line["seed"]), line["data"], str(line["size"]), line.get("layers", "last"), str(m["groups"]), f"{m['jaccard_area']:.1f}", *spans,
                      f"{m['oracle_choice_trained']:.1f}", f"{at_60:.1f} ({m['oracle_head_trained']:.1f})"])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])

@@ -169,13 +169,13 @@ def test_film(tmp_path, capsys):
 
 
 def test_segment(run, tmp_path, capsys):
-    words = ["--data", "shapes:60", "--inits", "1", "--out", str(tmp_path / "curves.png"), "--record", str(tmp_path / "rows.jsonl"), "--row", "short", "--patches"]
+    words = ["--data", "shapes:60", "--inits", "1", "--out", str(tmp_path / "curves.png"), "--record", str(tmp_path / "rows.jsonl"), "--row", "short", "--patches", "--layers", "all"]
     main(["segment", str(run), *words])
     table = capsys.readouterr().out.splitlines()
     assert [line.partition(": IoU")[0] for line in table[3:5]] == [f"object or background, patch by patch, by {by}" for by in ("a linear classifier", "nearest patches")]
     assert table[2].startswith("| short | 0 |") and (tmp_path / "curves.png").exists()
     row = json.loads((tmp_path / "rows.jsonl").read_text())
-    assert row["table"] == "segment" and row["row"] == "short" and {"curves", "size", "commit"} <= row.keys() and row["metrics"]["objects"] == 12
+    assert row["layers"] == "all" and row["table"] == "segment" and row["row"] == "short" and {"curves", "size", "commit"} <= row.keys() and row["metrics"]["objects"] == 12
     low, high = row["metrics"]["outline_knn_less_untrained_interval"]
     assert (low + high) / 2 == pytest.approx(row["metrics"]["outline_knn_trained"] - row["metrics"]["outline_knn_untrained"], abs=1e-3)
     assert "no preset 'nothing'" in refused("segment", str(run), "--base", "nothing")

@@ -304,6 +304,28 @@ def test_a_network_that_sees_the_object(tmp_path):
     assert len(plot_segment(curves).axes[0].lines) == 5
 
 
+class Layered(Looks):
+    "Blocks that look where they are told, each at its own."
+
+    def __init__(self, *where):
+        super().__init__(where)
+        self.blocks = where
+
+    def attention(self, x, layer, token):
+        return Looks(self.where[layer]).attention(x, layer, token)
+
+
+def test_layers_are_chosen_on_other_pictures(tmp_path):
+    "Only the first of two blocks sees the object; all maps of a block come before those of the next."
+    scenes = davis(packed(tmp_path / "d.tar", davis_files(sequences=["bear", "swan", "cow"])), 48, 4, None)
+    nets = dict(trained=[Layered(looks_at_light, torch.rand(2, 12, 20))], untrained=[Layered(*torch.rand(2, 2, 12, 20))])
+    first, last = (look(nets["trained"][0], scenes, layers=[layer]) for layer in (0, 1))
+    assert torch.equal(look(nets["trained"][0], scenes, layers=(0, 1)), torch.cat([first, last], 2))
+    assert torch.equal(look(nets["trained"][0], scenes), last)
+    last, every = (segment(nets, scenes, 4, layers=layers)["metrics"] for layers in ((-1,), (0, 1)))
+    assert every["jaccard_trained"] == pytest.approx(100) and {number for _, number in every["choices"]} == {1} and last["jaccard_trained"] < 60
+
+
 def test_several_untrained_networks_are_averaged():
     scenes = scenes_of(load("shapes", n=30)[0], 32, 4)
     nets = fresh(override(shapes(), picture_size=32), [0, 1])
@@ -329,7 +351,7 @@ def test_a_row(tmp_path):
     line = record(tmp_path / "rows.jsonl", found, "segment", "dino", "shapes", {}, None, curves=found["curves"], size=found["size"])
     assert json.loads((tmp_path / "rows.jsonl").read_text())["metrics"] == line["metrics"]
     text = segment_markdown([line])
-    assert "| dino | 7 | shapes val | 32 | 20 |" in text and f"{line['metrics']['jaccard_trained']:.1f} [" in text
+    assert "| dino | 7 | shapes val | 32 | last | 20 |" in text and f"{line['metrics']['jaccard_trained']:.1f} [" in text
 
 
 def test_a_network_without_attention():
