@@ -201,11 +201,11 @@ class Score:
         from dino_edu.data import load
         from dino_edu.judge import Task, choose_protocols
         from dino_edu.report import report
-        from dino_edu.weights import find_encoder
+        from dino_edu.weights import find_encoder, find_encoders
         names, found = choose_protocols(self.protocols), find_encoder(self.weights)
         source, recipe = self.data or found.recipe.data, found.recipe
         pictures = load(source, recipe.picture_size, recipe.in_chans, seed=self.seed)
-        beside = {name: find_encoder(path or name).net for name, _, path in (text.partition("=") for text in self.beside)}
+        beside = {name: other.net for name, other in find_encoders(self.beside).items()}
         task = Task(found, *pictures, pick_device(self.device), self.inits, self.seed, self.davis, self.places, self.copydays, beside)
         report(task, self.weights, names, self.out, print)
         print(found.loaded)

@@ -18,7 +18,7 @@ from .augment import MultiCrop, center_crop, normalize
 from .core import full_precision, keys, permutation
 from .data import Pictures
 from .score import knn, linear_probe, neighbours, votes
-from .segment import Interval, Scene, crossfit, interval
+from .segment import Interval, Scene, crossfit, dealt, interval
 from .stream import Streamed
 from .vit import ViT
 
@@ -161,13 +161,10 @@ def outlines(encoder: ViT, # one of our vision transformers
 ) -> dict[str, Tensor]: # IoU of the object in percent, `[N]`, by the linear classifier (`linear`) and by the neighbours (`knn`)
     "Object or background, patch by patch, learnt from the frames of other groups. ValueError if there is but one group."
     patches, groups = scene_patches(encoder, scenes, device), [s.group for s in scenes]
-    order = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    fold = [order[group] % min(folds, len(order)) for group in groups]
+    fold = dealt(groups, folds)
     tables: dict[str, dict[int, Tensor]] = dict(linear={}, knn={})
-    for f in sorted(set(fold)):
+    for f in fold.unique():
         known = [patches[i] for i in range(len(scenes)) if fold[i] != f]
-        if not known:
-            raise ValueError("patches are learnt from other videos: there is only one group of frames")
         z, labels = torch.cat([vectors for vectors, _ in known]), torch.cat([truth for _, truth in known]).long()
         linear = linear_probe(z, labels, z[:1], labels[:1], steps=100)[1].requires_grad_(False)
         for i in (i for i in range(len(scenes)) if fold[i] == f):

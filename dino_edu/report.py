@@ -143,11 +143,12 @@ def report(task: Task, # networks and pictures
 
 
 def _facts(task: Task, weights: str) -> dict:
-    "What stands at the head of the report."
+    "What stands at the head of the report; the speed only if a protocol has asked for many features."
     net = task.nets["trained"][0]
-    return {"weights": weights, "data": task.val.name, "encoder": task.recipe.encoder, "parameters": sum(p.numel() for p in net.parameters()),
-            "features": getattr(net, "embed_dim", None), "pixels": task.size, "images/s": round(task.speed), "device": str(task.device),
-            "train": len(task.train), "val": len(task.val), "untrained networks": len(task.nets["untrained"])}
+    facts = {"weights": weights, "data": task.val.name, "encoder": task.recipe.encoder, "parameters": sum(p.numel() for p in net.parameters()),
+             "features": getattr(net, "embed_dim", None), "pixels": task.size, "images/s": round(task.speed) or None, "device": str(task.device),
+             "train": len(task.train), "val": len(task.val), "untrained networks": len(task.nets["untrained"])}
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def write_report(out: Path, # folder, made if it is not there

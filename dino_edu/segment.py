@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SWEEP', 'SIGMAS', 'Scene', 'scene', 'scenes_of', 'davis_pairs', 'davis', 'voc', 'look', 'blob', 'area', 'group_means',
-           'crossfit', 'Interval', 'interval', 'segment', 'fresh', 'plot_segment', 'read_scenes', 'measure',
+           'dealt', 'crossfit', 'Interval', 'interval', 'segment', 'fresh', 'plot_segment', 'read_scenes', 'measure',
            'segment_markdown']
 
 # %% ../nbs/08e_segment.ipynb #imports
@@ -199,17 +199,25 @@ def _numbers(groups: Sequence[Hashable]) -> Tensor:
     return torch.tensor([order[group] for group in groups])
 
 
+def dealt(groups: Sequence[Hashable], # of every object
+    folds: int, # parts wanted; fewer, if there are fewer groups
+) -> Tensor: # which part each is in, int64 `[N]`
+    "Deal the groups out in turn; each stays whole. ValueError if there is but one group."
+    which = _numbers(groups)
+    if which.max() < 1:
+        raise ValueError("other pictures are needed to choose or to learn by: there is only one group of them")
+    return which % min(folds, int(which.max()) + 1)
+
+
 def crossfit(scores: Tensor, # of every object and choice, `[N, C]`
     groups: Sequence[str], # of every object
     folds: int = 5, # parts that the groups are dealt into; fewer, if there are fewer groups
 ) -> tuple[Tensor, Tensor]: # score of every object, `[N]`; which choice it was scored with, int64 `[N]`
     "Score every object with the choice that is best for the groups of the other folds. ValueError if there is but one group."
-    which, means = _numbers(groups), group_means(scores, groups)
-    if len(means) < 2:
-        raise ValueError("a choice needs other pictures: there is only one group of them")
-    fold = torch.arange(len(means)) % min(folds, len(means))
-    best = torch.stack([means[fold != f].mean(0).argmax() for f in fold.unique()])
-    choice = best[fold[which]]
+    fold, means = dealt(groups, folds), group_means(scores, groups)
+    of_group = dealt(range(len(means)), folds)
+    best = torch.stack([means[of_group != f].mean(0).argmax() for f in of_group.unique()])
+    choice = best[fold]
     return scores.gather(1, choice[:, None])[:, 0], choice
 
 # %% ../nbs/08e_segment.ipynb #interval

@@ -91,9 +91,9 @@ class Transfer:
         from dino_edu.run import commit, tell
         from dino_edu.segment import fresh
         from dino_edu.travel import plot_travel, read_target, travel, travel_markdown
-        from dino_edu.weights import find_encoder
+        from dino_edu.weights import find_encoders
         code, plans = commit(), [replace(self.recipe, lr=lr) for lr in self.rates or (self.recipe.lr,)]
-        found = {name if path else Path(name).name: find_encoder(path or name) for name, _, path in (text.partition("=") for text in self.weights)}
+        found = find_encoders(self.weights)
         rows = []
         for seed in range(self.first_seed, self.first_seed + self.seeds):
             starts = {name: each.net for name, each in found.items()}
@@ -109,15 +109,19 @@ class Transfer:
         tell(f"written: {self.out / 'travel.md'}, {self.out / 'travel.png'}")
 
     def _record(self, rows: list[dict], code: str) -> None:
-        "Lines of rows.jsonl, if they are wanted."
+        "Lines of rows.jsonl, if they are wanted; what stands there already does not come twice."
+        from dino_edu.laboratory import read_rows
         from dino_edu.recipe import changes
         from dino_edu.run import record
         from dino_edu.transfer import tuning
         changed = changes(tuning(self.preset), self.recipe) | dict(labels=self.labels, rates=self.rates)
+        known = [(line["table"], line["row"], line["seed"], line["data"], line["metrics"]) for line in read_rows(self.record)] if self.record else []
         for row in rows if self.record else ():
             metrics = {key: row[key] for key in ("frozen", "linear", "tuned", "labels")}
             summary = {key: row[key] for key in ("seed", "data", "device", "seconds")}
-            record(self.record, summary | dict(recipe=asdict(self.recipe), images_per_second=None, metrics=metrics), self.table, row["start"], self.preset, changed, code)
+            summary |= dict(recipe=asdict(replace(self.recipe, lr=row["lr"])), images_per_second=None, metrics=metrics)
+            if (self.table, row["start"], row["seed"], row["data"], metrics) not in known:
+                record(self.record, summary, self.table, row["start"], self.preset, changed, code)
 
 # %% ../nbs/17e_take.ipynb #notebooks
 def shipped_notebooks() -> list[Path]:

@@ -122,7 +122,7 @@ def travel(starts: Mapping[str, ViT | Timm], # encoders by name
     workers: int = 0, # processes that make views ahead
     labels: float = 1.0, # share of every class's labels that are known, drawn by the seed; at least one
     say: Callable[[str], None] | None = tell, # where a line about every evaluation goes; None: silence
-) -> list[dict]: # a row a start: `start`, `data`, `seed`, `labels`, `seconds` of fine-tuning, `device`, and of each of `WAYS` top-1 on val in percent
+) -> list[dict]: # a row a start: `start`, `data`, `seed`, `labels`, `lr` that was chosen, `seconds` of fine-tuning, `device`, and of each of `WAYS` top-1 on val in percent
     "Each start three ways, by the same labels: k-NN (k = 20) and linear probe of frozen features, and fine-tuned."
     train_set = train_set.subset(stratified(train_set.labels, labels, seed)) if labels != 1 else train_set
     place, (rest, _), rows = pick_device(device), hold_out(train_set), []
@@ -132,9 +132,9 @@ def travel(starts: Mapping[str, ViT | Timm], # encoders by name
         frozen = knn(known, rest.labels, asked, val_set.labels, ks=[20])[20][0]
         linear = linear_probe(known, rest.labels, asked, val_set.labels)[0]
         runs = [finetune(net, plan, train_set, val_set, Path(out) / start / str(k), seed, device, workers, say) for k, plan in enumerate(plans)]
-        tuned = max(runs, key=lambda run: run["metrics"]["held_top1"])["metrics"]["val_top1"]
-        rows.append(dict(start=start, data=train_set.name, seed=seed, labels=len(train_set), frozen=frozen, linear=linear, tuned=tuned,
-                         seconds=sum(run["seconds"] for run in runs), device=runs[0]["device"]))
+        plan, best = max(zip(plans, runs), key=lambda pair: pair[1]["metrics"]["held_top1"])
+        rows.append(dict(start=start, data=train_set.name, seed=seed, labels=len(train_set), frozen=frozen, linear=linear, tuned=best["metrics"]["val_top1"],
+                         lr=plan.lr, seconds=sum(run["seconds"] for run in runs), device=best["device"]))
     return rows
 
 # %% ../nbs/15a_travel.ipynb #plot

@@ -199,6 +199,9 @@ def test_transfer(run, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("best.pt")}
     main(words)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("best.pt")}
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows   # nor is anything written twice
+    held = {rate: json.loads((tmp_path / f"out/0.5/3/mine/{k}/summary.json").read_text())["metrics"]["held_top1"] for k, rate in enumerate((1e-4, 1e-3))}
+    assert rows[0]["recipe"]["lr"] == max(held, key=held.get)
 
 
 def test_poster(run, tmp_path, capsys):

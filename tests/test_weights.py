@@ -16,7 +16,7 @@ from dino_edu.data import load
 from dino_edu.recipe import method, override, shapes
 from dino_edu.score import features, knn
 from dino_edu.vit import ViT, backbone, vit
-from dino_edu.weights import INSIDE, RELEASED, Found, encoder, find_encoder, forget_snapshots, pack_snapshots, save_snapshot, snapshot_steps, snapshots
+from dino_edu.weights import INSIDE, RELEASED, Found, encoder, find_encoder, find_encoders, forget_snapshots, pack_snapshots, save_snapshot, snapshot_steps, snapshots
 
 RECIPE = override(shapes(), patch_size=8, out_dim=32, hidden=32, bottleneck=16)
 
@@ -356,3 +356,16 @@ def test_only_rank_0_writes(tmp_path, monkeypatch):
     (tmp_path / "snapshots" / "000009.safetensors").touch()
     forget_snapshots(tmp_path, 3)
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["000009.safetensors"]
+
+
+def test_several_by_name(tmp_path):
+    odd = tmp_path / "lr=0.1.safetensors"   # a path may have an equals sign in it
+    odd.write_bytes(asset("shapes_vit_nano.safetensors").read_bytes())
+    found = find_encoders(["shapes_vit_nano", "again=shapes_vit_nano", str(odd), f"mine={odd}"])
+    assert list(found) == ["shapes_vit_nano", "again", odd.name, "mine"]
+    assert all(torch.equal(each.net.cls_token, found["again"].net.cls_token) for each in found.values())
+    with pytest.raises(ValueError, match="two encoders are called 'again'"):
+        find_encoders(["again=shapes_vit_nano", "again=imagenette_vit_micro"])
+    with pytest.raises(FileNotFoundError, match="no encoder 'nowhere'"):
+        find_encoders(["mine=nowhere"])
+    assert find_encoders([]) == {}
