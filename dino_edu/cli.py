@@ -7,6 +7,7 @@ __all__ = ['Training', 'plan', 'Diagnose', 'Bench', 'Ablate', 'Score', 'Demo', '
 
 # %% ../nbs/18_cli.ipynb #imports
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -279,7 +280,18 @@ def before_and_after(out: Path, # folder of a finished run
 # %% ../nbs/18_cli.ipynb #main
 def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None: those of the shell
     "The command `dino-edu`. Exit status 1 and one line for bad input, 2 for a wrong option."
-    args = sys.argv[1:] if args is None else args
+    try:
+        try:
+            _run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:   # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes once more when it ends
+        raise SystemExit(1) from error
+
+
+def _run(args: list[str]) -> None:
+    "Read the words and do what they say."
     if args[:1] == ["bench"] and (not args[1:] or args[1].startswith("-")) and args[1:2] != ["--help"]:
         args = ["bench", "small", *args[1:]]
     commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, poster=Poster,
@@ -289,6 +301,8 @@ def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None:
     command = tyro.extras.subcommand_cli_from_dict(options, prog="dino-edu", args=args, config=config)
     try:
         command()
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"dino-edu: {error}") from error
     except KeyboardInterrupt as stopped:   # with a message where a checkpoint was written

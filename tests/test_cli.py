@@ -295,3 +295,11 @@ def test_ablate_dry_run(tmp_path, capsys):
     main(["ablate", "teacher", "--data", "shapes:60", "--seeds", "2", "--dry-run", "--out", str(tmp_path)])
     assert "4 rows (student_copy, previous_iteration, previous_epoch, momentum) with seeds [100, 101]" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ablate", "--help"]])
+def test_a_reader_who_has_seen_enough(words):
+    "As in `dino-edu --help | head -1`: no traceback."
+    process = subprocess.Popen([sys.executable, "-m", "dino_edu.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
