@@ -7,7 +7,6 @@ __all__ = ['Training', 'plan', 'Diagnose', 'Bench', 'Ablate', 'Score', 'Demo', '
 
 # %% ../nbs/18_cli.ipynb #imports
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from .look import Attention, Film, Poster, Segment
-from .take import Doctor, Embed, Export, Notebooks, Transfer
+from .take import Doctor, Embed, Export, Notebooks, Transfer, may_be_cut_off
 
 # %% ../nbs/18_cli.ipynb #train
 @dataclass(frozen=True)
@@ -278,20 +277,10 @@ def before_and_after(out: Path, # folder of a finished run
     return figure
 
 # %% ../nbs/18_cli.ipynb #main
+@may_be_cut_off()
 def main(args: list[str] | None = None) -> None: # words after `dino-edu`; None: those of the shell
     "The command `dino-edu`. Exit status 1 and one line for bad input, 2 for a wrong option."
-    try:
-        try:
-            _run(sys.argv[1:] if args is None else args)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError as error:   # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # Python flushes once more when it ends
-        raise SystemExit(1) from error
-
-
-def _run(args: list[str]) -> None:
-    "Read the words and do what they say."
+    args = sys.argv[1:] if args is None else args
     if args[:1] == ["bench"] and (not args[1:] or args[1].startswith("-")) and args[1:2] != ["--help"]:
         args = ["bench", "small", *args[1:]]
     commands = dict(train=Training, bench=Bench, ablate=Ablate, diagnose=Diagnose, score=Score, attention=Attention, film=Film, segment=Segment, poster=Poster,
