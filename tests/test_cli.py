@@ -1,5 +1,6 @@
 """The command as the shell sees it: exit status, output, help, bad input."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from dino_edu.data import load
 from dino_edu.look import Attention, Film, Poster, Segment
 from dino_edu.recipe import method, override, shapes
 from dino_edu.run import recipe_of
-from dino_edu.take import Transfer
+from dino_edu.take import Transfer, may_be_cut_off
 from dino_edu.weights import encoder, find_encoder, snapshots
 
 TRAIN = ["train", "shapes", "--data", "shapes:100", "--steps", "2", "--evaluations", "1", "--batch", "16"]
@@ -303,3 +304,15 @@ def test_a_reader_who_has_seen_enough(words):
     process = subprocess.Popen([sys.executable, "-m", "dino_edu.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_cut_off_within_a_process(monkeypatch):
+    "What is printed into a pipe without a reader ends the program; what else goes wrong goes on its way."
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", nobody)
+        with pytest.raises(SystemExit, match="1"), may_be_cut_off():
+            print("a line")
+    with pytest.raises(ValueError, match="another"), may_be_cut_off():
+        raise ValueError("another matter")
