@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from dino_edu import retrieve
 from dino_edu.data import Pictures, load
 from dino_edu.judge import PROTOCOLS, Protocol, Section, Task, choose_protocols, compare, plot_confusion, plot_neighbours, seen_before
-from dino_edu.report import markdown_table, published, report, write_report
+from dino_edu.report import _facts, markdown_table, published, report, write_report
 from dino_edu.vit import vit
 from dino_edu.weights import find_encoder
 
@@ -185,6 +185,13 @@ def test_page_is_whole_and_escaped(tmp_path):
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "Published for dino_vits16" in markdown and "| imagenet | 74.5 | 77.0 |" in markdown and "> seen & known" in markdown
     assert json.loads((tmp_path / "report.json").read_text())["facts"]["weights"] == "dino_vits16"
+
+
+@pytest.mark.parametrize("speed, said", [(0.0, None), (99.6, 100)])
+def test_a_speed_that_nobody_measured_is_not_reported(task, monkeypatch, speed, said):
+    monkeypatch.setattr(task, "speed", speed)
+    found = _facts(task, "mine")
+    assert found.get("images/s") == said and found["weights"] == "mine" and found["train"] == len(task.train)
 
 
 def test_published_tables():

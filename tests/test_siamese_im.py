@@ -340,5 +340,5 @@ def test_comparing_outlines_pairs_films():
     assert set(found) == {f"{how}_{name}" for how in ("linear", "knn") for name in ("sees", "blind", "less_blind")}
     assert found["linear_less_blind"].low > 50 and found["linear_less_blind"].n == 6
     assert found["knn_less_blind"].mean == pytest.approx(found["knn_sees"].mean - found["knn_blind"].mean, abs=1e-3)
-    with pytest.raises(ValueError, match="only one group"):
+    with pytest.raises(ValueError, match="to learn by: there is only one group"):
         outlines(Colours(), scenes[:3])
