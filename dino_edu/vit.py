@@ -25,7 +25,7 @@ from .core import across_ranks, full_precision
 
 # %% ../nbs/03_vit.ipynb #class-patchembed-nn-module
 class PatchEmbed(nn.Module):
-    "Cut a picture into patches and map each to a token: one strided convolution, or a small convolutional stem."
+    "Cut a picture into patches and map each to a token: one linear layer, or a small convolutional stem before it."
     stem: nn.Module
 
     def __init__(self,
@@ -46,7 +46,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "`[B, C, H, W]` -> `[B, width, H / patch, W / patch]`."
-        return self.proj(self.stem(x))
+        if not isinstance(self.stem, nn.Identity):
+            return self.proj(self.stem(x))
+        side = self.proj.stride[0]
+        x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)   # [B, H / side, W / side, C, side, side]
+        return F.linear(x.flatten(3), self.proj.weight.flatten(1), self.proj.bias).permute(0, 3, 1, 2)
 
 # %% ../nbs/03_vit.ipynb #def-conv-stem-patch-size-int-in-chans-in
 def _conv_stem(patch_size: int, in_chans: int, width: int) -> tuple[nn.Module, int]:
@@ -83,7 +87,10 @@ def attention_weights(q: Tensor, # queries, `[B, heads, M, d]`
 ) -> Tensor: # `[B, heads, M, N]`, rows sum to 1
     "How much every token looks at every other: softmax(q k^T / sqrt(d))."
     scaled = q * q.shape[-1] ** -0.5
-    return (scaled @ k.transpose(-2, -1)).softmax(-1)
+    scores = scaled @ k.transpose(-2, -1)
+    if scores.shape[-1] < 32:   # a CPU takes rows as short as this one by one in bfloat16
+        return full_precision(scores).softmax(-1).to(scores.dtype)
+    return scores.softmax(-1)
 
 
 def attend(q: Tensor, # queries, `[B, heads, N, d]`
@@ -112,8 +119,8 @@ class Attention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Three tensors `[B, heads, N, width / heads]`."
-        split = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        return split.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self,
         x: Tensor, # tokens, `[B, N, width]`
