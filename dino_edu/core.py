@@ -264,12 +264,15 @@ def multiplies_bf16(device: str) -> bool: # a kind of device: cpu, cuda, ...
 
 
 def _product_time(device: str, dtype: torch.dtype) -> float:
-    "The shortest of five times of one product of 384 x 384 matrices, in seconds."
+    "The shortest of five times of one product of 384 x 384 matrices, in seconds; on a CPU, of one thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)   # several wait for each other where cores are busy, and a format would be chosen by that
     x, times = torch.ones(384, 384, device=device, dtype=dtype), []   # smaller ones are gone before a format shows; no random numbers: a run may be drawing its own
     for _ in range(5):
         start = perf_counter()
         (x @ x)[0, 0].item()
         times.append(perf_counter() - start)
+    torch.set_num_threads(threads)
     return min(times)
 
 # %% ../nbs/00_core.ipynb #def-keep-memory

@@ -35,9 +35,9 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
         gc.collect()
-        time.sleep(0.5)   # gloo's worker thread drops its last tensor; without this, an exit in four aborts
+        time.sleep(0.5)   # gloo's worker thread drops its last tensor; without this, an end in four hangs (torch 2.6) or aborts
+        dist.destroy_process_group()
 
 # %% ../nbs/12_launch.ipynb #def-torchrun
 def torchrun(*arguments: str | Path, # words after `dino-edu`: "train", "shapes", "--steps", "100", ...

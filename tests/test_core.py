@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dino_edu.core import (cosine, entropy, full_precision, keys, kl, log_softmax, permutation, pick_device, ramp, seed_everything, softmax,
+from dino_edu.core import (_product_time, cosine, entropy, full_precision, keys, kl, log_softmax, permutation, pick_device, ramp, seed_everything, softmax,
                            uniform, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +34,9 @@ out = dict(
 )
 with open(f"{folder}/{number}.json", "w") as file:
     json.dump(out, file)
-dist.destroy_process_group()
 gc.collect()
-time.sleep(0.5)
+time.sleep(0.5)   # as launch.process_group does
+dist.destroy_process_group()
 """
 
 
@@ -70,6 +70,17 @@ def test_two_ranks_see_what_one_process_sees(ranks):
     assert [place for pair in zip(*(out["index"] for out in ranks)) for place in pair] == order.tolist()
     chance = dict(zip(order.tolist(), uniform(keys(3, 1, order), 2).tolist()))
     assert all(chance[i] == numbers for out in ranks for i, numbers in zip(out["index"], out["chance"]))
+
+
+def test_one_thread_measures_products(monkeypatch):
+    "With several, a busy machine would choose between float32 and bfloat16, and another time choose otherwise."
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr("dino_edu.core.perf_counter", lambda: seen.append(torch.get_num_threads()) or float(len(seen)))
+    try:
+        torch.set_num_threads(2)
+        assert _product_time("cpu", torch.float32) == 1 and set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 class Draws(Dataset):
