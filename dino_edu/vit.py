@@ -88,7 +88,7 @@ def attention_weights(q: Tensor, # queries, `[B, heads, M, d]`
     "How much every token looks at every other: softmax(q k^T / sqrt(d))."
     scaled = q * q.shape[-1] ** -0.5
     scores = scaled @ k.transpose(-2, -1)
-    if scores.shape[-1] < 32:   # a CPU takes rows as short as this one by one in bfloat16
+    if scores.shape[-1] < 32:   # in bfloat16 a CPU takes the numbers of so short a row one by one
         return full_precision(scores).softmax(-1).to(scores.dtype)
     return scores.softmax(-1)
 
